@@ -1,0 +1,420 @@
+"""The engine: one data-only file per rank, and config.json beside the files. Writes, reads and checks them.
+
+An engine file is a valid safetensors file [1]: u64 header length, JSON header, tensors. Weights lie there in one
+canonical layout ([out, in] for matrices); kernels make their own layouts at load. The header's metadata holds
+
+    format, format_version   what this is
+    engine                   JSON: the config (model facts, mapping, limits) and the plan
+    weights_sha256           JSON: weight name -> SHA-256 of its bytes
+    header_sha256            SHA-256 of the header with this digest written as zeros
+
+so a flipped bit anywhere is found, and found before anything is used. No code, no pickle. Knows no kernel.
+
+[1] https://github.com/huggingface/safetensors, section "Format".
+"""
+
+import hashlib
+import json
+import mmap
+import os
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .dtype import PRECISIONS, itemsize, torch_dtype
+from .limits import Limits
+from .plan import Plan, TensorSpec
+
+FORMAT = "tensorrt_llm.engine"
+FORMAT_VERSION = "1"
+
+_SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+# What the runtime gives a plan at every step, besides one KV pool per layer.
+_STEP_INPUTS = {
+    "input_ids",
+    "position_ids",
+    "query_starts",
+    "sequence_length",
+    "context_lengths",
+    "block_tables",
+    "last_token_ids",
+}
+_ZERO_DIGEST = "0" * 64
+# The plan of an 80-layer model takes 0.5 MB; a length beyond this is a lie, not a header.
+_MAX_HEADER_BYTES = 64 << 20
+# Weights start here and at each header length that is a multiple of it: enough for any aligned load.
+_ALIGNMENT = 256
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What an engine is: facts of the model, its share of the ranks, and its limits. Counts are of the whole model."""
+
+    name: str
+    architecture: str
+    precision: str  # dtype of weights, activations and KV cache
+    vocab_size: int
+    hidden_size: int
+    inter_size: int  # width of one branch of the gated MLP
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    hidden_act: str
+    max_position_embeddings: int
+    seq_length: int  # the length the model was trained on
+    rotary_base: float
+    use_dynamic_ntk: bool
+    use_logn_attn: bool
+    norm_epsilon: float
+    quant_mode: int
+    world_size: int
+    rank: int
+    tp_size: int
+    pp_size: int
+    limits: Limits
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            _check_field(field.name, field.type, getattr(self, field.name))
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"engine config: precision is {self.precision!r}, expected one of {', '.join(PRECISIONS)}")
+        if self.rank >= self.world_size or self.tp_size * self.pp_size != self.world_size:
+            raise ValueError(
+                f"engine config: rank {self.rank} of world_size {self.world_size} = "
+                f"tp_size {self.tp_size} x pp_size {self.pp_size} does not add up"
+            )
+
+    @property
+    def num_heads_per_rank(self) -> int:
+        return self.num_heads // self.tp_size
+
+    @property
+    def num_kv_heads_per_rank(self) -> int:
+        return -(-self.num_kv_heads // self.tp_size)
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes that one token takes in this rank's cache, all layers."""
+        return 2 * self.num_layers * self.num_kv_heads_per_rank * self.head_size * itemsize(self.precision)
+
+    @property
+    def engine_name(self) -> str:
+        """The file of this rank, named as 0.7.1 named it."""
+        pp = f"_pp{self.pp_size}" if self.pp_size > 1 else ""
+        return f"{self.name}_{self.precision}_tp{self.tp_size}{pp}_rank{self.rank}.engine"
+
+    @classmethod
+    def from_dict(cls, data: Any) -> "EngineConfig":
+        names = {field.name for field in fields(cls)}
+        if not isinstance(data, dict) or set(data) != names:
+            found = sorted(map(str, data)) if isinstance(data, dict) else type(data).__name__
+            raise ValueError(f"engine config has {found}, expected exactly {sorted(names)}")
+        limits = data["limits"]
+        limit_names = {field.name for field in fields(Limits)}
+        if not isinstance(limits, dict) or set(limits) != limit_names:
+            raise ValueError(f"engine config: limits is {limits!r}, expected exactly {sorted(limit_names)}")
+        return cls(**{**data, "limits": Limits(**limits)})
+
+    def to_config_json(self) -> dict[str, dict[str, Any]]:
+        """The content of config.json: 0.7.1's two sections, with the facts that its builder_config lacked."""
+        facts = asdict(self)
+        limits = facts.pop("limits")
+        for key in ("rank", "world_size", "tp_size", "pp_size"):
+            facts.pop(key)
+        return {
+            "builder_config": {
+                **facts,
+                **limits,
+                "tensor_parallel": self.tp_size,
+                "pipeline_parallel": self.pp_size,
+                "max_beam_width": 1,
+                "int8": False,
+                "fp8": False,
+                "strongly_typed": True,
+                "use_refit": False,
+            },
+            "plugin_config": {
+                "gpt_attention_plugin": self.precision,
+                "gemm_plugin": self.precision,
+                "remove_input_padding": True,
+                "paged_kv_cache": True,
+                "tokens_per_block": self.limits.tokens_per_block,
+                "use_custom_all_reduce": False,
+            },
+        }
+
+
+def _check_field(name: str, kind: Any, value: Any) -> None:
+    accepted = (float, int) if kind is float else kind
+    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"engine config: {name} is {value!r}, expected {kind.__name__}")
+    if kind is int and value < (0 if name in ("rank", "quant_mode") else 1):
+        raise ValueError(f"engine config: {name} is {value}, which is too small")
+
+
+class Engine:
+    """Config, plan and weights. The weights are read when asked for, one at a time, wherever they come from."""
+
+    def __init__(self, config: EngineConfig, plan: Plan, weights: Mapping[str, torch.Tensor]) -> None:
+        self.config = config
+        self.plan = plan
+        self.weights = weights
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(_num_bytes(spec) for spec in self.plan.weights)
+
+    def save(self, path: Path, on_weight: Callable[[str], None] = lambda name: None) -> None:
+        """Write the engine file; `on_weight` hears each weight's name before it is read.
+
+        Nothing appears under `path` until all of it is written. ValueError when the disk has no room.
+        """
+        free = os.statvfs(path.parent)
+        if self.weight_bytes > free.f_bavail * free.f_frsize:
+            raise ValueError(
+                f"{path.parent}: the engine takes {self.weight_bytes / 2**30:.2f} GiB, "
+                f"only {free.f_bavail * free.f_frsize / 2**30:.2f} GiB are free"
+            )
+        partial = path.with_name(f".{path.name}.partial")
+        try:
+            with partial.open("wb") as file:
+                self._write(file, on_weight)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except OSError as error:
+            raise ValueError(f"{path}: cannot write the engine: {error.strerror}") from error
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def _write(self, file: Any, on_weight: Callable[[str], None]) -> None:
+        digests = {spec.name: _ZERO_DIGEST for spec in self.plan.weights}
+        header = self._header(digests)
+        file.write(struct.pack("<Q", len(header)) + header)
+        for spec in self.plan.weights:
+            on_weight(spec.name)
+            data = _bytes_of(self.weights[spec.name], spec)
+            digests[spec.name] = hashlib.sha256(data).hexdigest()
+            file.write(data)
+        header = self._header(digests)
+        file.seek(8)
+        file.write(header.replace(_ZERO_DIGEST.encode(), hashlib.sha256(header).hexdigest().encode()))
+
+    def _header(self, digests: dict[str, str]) -> bytes:
+        """The JSON header, as long for any digests, with zeros for its own."""
+        entries: dict[str, Any] = {
+            "__metadata__": {
+                "format": FORMAT,
+                "format_version": FORMAT_VERSION,
+                "engine": json.dumps({"config": asdict(self.config), "plan": self.plan.to_dict()}, sort_keys=True),
+                "weights_sha256": json.dumps(digests, sort_keys=True),
+                "header_sha256": _ZERO_DIGEST,
+            }
+        }
+        begin = 0
+        for spec in self.plan.weights:
+            end = begin + _num_bytes(spec)
+            entries[spec.name] = {
+                "dtype": _SAFETENSORS_DTYPES[spec.dtype],
+                "shape": list(spec.shape),
+                "data_offsets": [begin, end],
+            }
+            begin = end
+        header = json.dumps(entries, separators=(",", ":")).encode()
+        return header + b" " * (-(len(header) + 8) % _ALIGNMENT)
+
+    @classmethod
+    def from_dir(cls, engine_dir: Path | str, rank: int = 0) -> "Engine":
+        """The engine of `rank` in a folder that build.py wrote, checked whole."""
+        engine_dir = Path(engine_dir)
+        builder_config = _read_config_json(engine_dir / "config.json")
+        tp, pp = builder_config["tensor_parallel"], builder_config["pipeline_parallel"]
+        middle = f"tp{tp}_pp{pp}" if pp > 1 else f"tp{tp}"
+        path = engine_dir / f"{builder_config['name']}_{builder_config['precision']}_{middle}_rank{rank}.engine"
+        engine = cls.load(path)
+        written = engine.config.to_config_json()["builder_config"]
+        for key, value in written.items():
+            if key in builder_config and builder_config[key] != value:
+                raise ValueError(
+                    f"{engine_dir / 'config.json'}: {key} is {builder_config[key]!r}, but {path.name} has {value!r}; "
+                    f"config.json only describes the engine, rebuild to change it"
+                )
+        return engine
+
+    @classmethod
+    def load(cls, path: Path | str) -> "Engine":
+        """Read and check an engine file; a ValueError names the file, what was found and what was expected."""
+        path = Path(path)
+        if not path.is_file():
+            raise ValueError(f"{path}: no such engine file")
+        try:
+            header, data_start = _read_header(path)
+            config, plan, digests = _read_metadata(header)
+            offsets = _check_tensors(header, plan, path.stat().st_size - data_start)
+            if set(digests) != set(offsets):
+                raise ValueError("weights_sha256 names other weights than the file holds")
+            _check_facts(config, plan)
+            weights = _FileWeights(path, data_start, plan, offsets)
+            weights.verify(digests)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: {error}") from error
+        return cls(config, plan, weights)
+
+
+class _FileWeights(Mapping[str, torch.Tensor]):
+    """Weights that lie in an engine file, mapped into memory: reading one costs no copy."""
+
+    def __init__(self, path: Path, data_start: int, plan: Plan, offsets: dict[str, tuple[int, int]]) -> None:
+        with path.open("rb") as file:
+            # A private mapping may be written to by torch without reaching the file.
+            self._data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))[data_start:]
+        self._specs = {spec.name: spec for spec in plan.weights}
+        self._offsets = offsets
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        spec = self._specs[name]
+        flat = torch.frombuffer(self._bytes(name), dtype=torch_dtype(spec.dtype))
+        return flat.view([int(dim) for dim in spec.shape])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._specs)
+
+    def __len__(self) -> int:
+        return len(self._specs)
+
+    def _bytes(self, name: str) -> memoryview:
+        begin, end = self._offsets[name]
+        return self._data[begin:end]
+
+    def verify(self, digests: dict[str, str]) -> None:
+        """Compare every weight with its digest, on all cores: hashing lets go of the interpreter lock."""
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            found = pool.map(lambda name: hashlib.sha256(self._bytes(name)).hexdigest(), self._specs)
+            for name, digest in zip(self._specs, found, strict=True):
+                if digest != digests[name]:
+                    raise ValueError(
+                        f"weight {name} has SHA-256 {digest}, expected {digests[name]}: the file was altered or damaged"
+                    )
+
+
+def _num_bytes(spec: TensorSpec) -> int:
+    count = itemsize(spec.dtype)
+    for dim in spec.shape:
+        count *= int(dim)
+    return count
+
+
+def _bytes_of(tensor: torch.Tensor, spec: TensorSpec) -> memoryview:
+    assert tuple(tensor.shape) == spec.shape and tensor.dtype == torch_dtype(spec.dtype), f"{spec.name} changed"
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def _read_config_json(path: Path) -> dict[str, Any]:
+    """The builder_config of an engine folder, with the keys that lead to its files."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: not found; is {path.parent} a folder that build.py wrote?") from None
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested without end
+        raise ValueError(f"{path}: not JSON ({error})") from error
+    section = data.get("builder_config") if isinstance(data, dict) else None
+    if not isinstance(section, dict):
+        raise ValueError(f"{path}: has no object builder_config")
+    for key, kind in (("name", str), ("precision", str), ("tensor_parallel", int), ("pipeline_parallel", int)):
+        if not isinstance(section.get(key), kind):
+            raise ValueError(f"{path}: builder_config.{key} is {section.get(key)!r}, expected {kind.__name__}")
+    for key in ("name", "precision"):
+        if not section[key].isidentifier():
+            raise ValueError(f"{path}: builder_config.{key} is {section[key]!r}, expected a plain name")
+    return section
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The JSON header, its own digest checked, and where the data begins."""
+    file_size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        if len(prefix) < 8:
+            raise ValueError(f"file has {file_size} bytes, too few for an engine")
+        (length,) = struct.unpack("<Q", prefix)
+        if not 2 <= length <= min(_MAX_HEADER_BYTES, file_size - 8):
+            raise ValueError(f"header length is {length}, expected 2 to {min(_MAX_HEADER_BYTES, file_size - 8)}")
+        raw = file.read(length)
+    try:
+        header = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"header is not JSON ({error})") from error
+    metadata = header.pop("__metadata__", None) if isinstance(header, dict) else None
+    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
+        found = metadata.get("format") if isinstance(metadata, dict) else None
+        raise ValueError(f"format is {found!r}, expected {FORMAT!r}: not an engine of this project")
+    if metadata.get("format_version") != FORMAT_VERSION:
+        found = metadata.get("format_version")
+        raise ValueError(f"format_version is {found!r}, this version reads {FORMAT_VERSION!r}; rebuild the engine")
+    digest = metadata.get("header_sha256")
+    if not isinstance(digest, str) or len(digest) != 64 or raw.count(digest.encode()) != 1:
+        raise ValueError(f"header_sha256 is {digest!r}, expected one SHA-256 in hex")
+    computed = hashlib.sha256(raw.replace(digest.encode(), _ZERO_DIGEST.encode())).hexdigest()
+    if computed != digest:
+        raise ValueError(f"header has SHA-256 {computed}, expected {digest}: the file was altered or damaged")
+    header["__metadata__"] = metadata
+    return header, 8 + length
+
+
+def _read_metadata(header: dict[str, Any]) -> tuple[EngineConfig, Plan, dict[str, str]]:
+    metadata = header.pop("__metadata__")
+    parsed = {}
+    for key in ("engine", "weights_sha256"):
+        try:
+            parsed[key] = json.loads(metadata.get(key, ""))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"metadata {key} is not JSON ({error})") from error
+        if not isinstance(parsed[key], dict):
+            raise ValueError(f"metadata {key} is {type(parsed[key]).__name__}, expected an object")
+    engine = parsed["engine"]
+    if set(engine) != {"config", "plan"}:
+        raise ValueError(f"metadata engine has {sorted(engine)}, expected config and plan")
+    return EngineConfig.from_dict(engine["config"]), Plan.from_dict(engine["plan"]), parsed["weights_sha256"]
+
+
+def _check_tensors(header: dict[str, Any], plan: Plan, data_bytes: int) -> dict[str, tuple[int, int]]:
+    """Where each weight lies; the header's tensors must be the plan's, side by side, and fill the file."""
+    offsets: dict[str, tuple[int, int]] = {}
+    begin = 0
+    for spec in plan.weights:
+        end = begin + _num_bytes(spec)
+        expected = {
+            "dtype": _SAFETENSORS_DTYPES.get(spec.dtype),
+            "shape": list(spec.shape),
+            "data_offsets": [begin, end],
+        }
+        if header.get(spec.name) != expected:
+            raise ValueError(f"tensor {spec.name} is {header.get(spec.name)!r}, expected {expected}")
+        offsets[spec.name] = (begin, end)
+        begin = end
+    surplus = sorted(set(header) - set(offsets))
+    if surplus:
+        raise ValueError(f"header holds tensors that the plan does not name: {', '.join(surplus[:5])}")
+    if begin != data_bytes:
+        raise ValueError(f"weights take {begin} bytes, the file holds {data_bytes}: truncated or of another engine")
+    return offsets
+
+
+def _check_facts(config: EngineConfig, plan: Plan) -> None:
+    """The plan must be of the model that the config describes: what the runtime allocates follows from the config."""
+    inputs = {spec.name: spec for spec in plan.inputs}
+    pool = ("num_blocks", 2, config.num_kv_heads_per_rank, config.limits.tokens_per_block, config.head_size)
+    for layer in range(config.num_layers):
+        spec = inputs.pop(f"past_key_value_{layer}", None)
+        if spec is None or spec.shape != pool or spec.dtype != config.precision:
+            raise ValueError(f"plan: past_key_value_{layer} is {spec}, expected {config.precision} {list(pool)}")
+    if set(inputs) != _STEP_INPUTS:
+        raise ValueError(f"plan: inputs are {sorted(inputs)}, expected {sorted(_STEP_INPUTS)} and the KV pools")
+    if set(plan.outputs) != {"logits"}:
+        raise ValueError(f"plan: outputs are {sorted(plan.outputs)}, expected logits")

@@ -1,0 +1,59 @@
+"""One registry: op -> the kernel that runs it on a device.
+
+Every kernel has the signature of its reference. `prepare` turns an op's canonical weights into the layout that the
+kernel wants, once, when an engine is loaded. Knows no graph and no request.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from . import reference
+from .step import StepShape
+
+__all__ = ["Kernel", "StepShape", "kernels_for", "reference_kernels"]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """`run(*operands, **attributes)`; with `needs_step` it also takes step=StepShape.
+
+    `prepare(*weights, **attributes)` is given the op's weight operands, which are the last ones; what it returns takes
+    their place.
+    """
+
+    run: Callable[..., Any]
+    prepare: Callable[..., tuple[torch.Tensor | None, ...]] | None = None
+    needs_step: bool = False
+
+
+def reference_kernels() -> dict[str, Kernel]:
+    """The meaning of every op of one rank, for any device and dtype."""
+    return {
+        "embedding": Kernel(reference.embedding),
+        "rms_norm": Kernel(reference.rms_norm),
+        "add_rms_norm": Kernel(reference.add_rms_norm),
+        "matmul": Kernel(reference.matmul),
+        "gated_mlp": Kernel(reference.gated_mlp),
+        "add": Kernel(reference.add),
+        "mul": Kernel(reference.mul),
+        "silu": Kernel(reference.silu),
+        "cast": Kernel(reference.cast),
+        "gather_last_token": Kernel(reference.gather_last_token),
+        "gpt_attention": Kernel(reference.gpt_attention, needs_step=True),
+    }
+
+
+def kernels_for(device: torch.device) -> dict[str, Kernel]:
+    """The kernels of `device`, over the reference where that is already the best there is."""
+    if device.type == "cpu":
+        from .cpu import cpu_kernels
+
+        return reference_kernels() | cpu_kernels()
+    if device.type == "cuda":
+        from .cuda import cuda_kernels  # imports triton, which a CPU installation need not have
+
+        return reference_kernels() | cuda_kernels()
+    raise ValueError(f"no kernels for device {device}, expected cpu or cuda")

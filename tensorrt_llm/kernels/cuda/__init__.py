@@ -1,0 +1,25 @@
+"""Triton kernels and cuBLAS calls, one op or family of ops a file; every launcher has the signature of its reference.
+
+Nothing here knows a graph, a request or an engine. The launchers never wait for the device and size their grids
+from host numbers only, so a step can be captured in a CUDA graph; no reduction uses atomics, so equal inputs give
+equal bits. The tests run the same files on CPU tensors through Triton's interpreter (TRITON_INTERPRET=1).
+"""
+
+from .. import Kernel
+from .attention import gpt_attention
+from .gated_mlp import gated_mlp, prepare_gated_mlp
+from .linear import embedding, gather_last_token, matmul
+from .norm import add_rms_norm, rms_norm
+
+
+def cuda_kernels() -> dict[str, Kernel]:
+    """The ops with a kernel of their own on CUDA; add, mul, silu and cast are torch's."""
+    return {
+        "embedding": Kernel(embedding),
+        "rms_norm": Kernel(rms_norm),
+        "add_rms_norm": Kernel(add_rms_norm),
+        "matmul": Kernel(matmul),
+        "gated_mlp": Kernel(gated_mlp, prepare=prepare_gated_mlp),
+        "gather_last_token": Kernel(gather_last_token),
+        "gpt_attention": Kernel(gpt_attention, needs_step=True),
+    }

@@ -1,0 +1,47 @@
+"""gpt_attention on the GPU: RoPE and KV write, then one kernel for the contexts and one for the decodes of a step.
+
+Contexts come first among the sequences and among the tokens, so both kernels write their own rows of one output.
+The kernels do not know each other; the formulas stand in rope_kv.py, prefill_attention.py and decode_attention.py.
+"""
+
+import torch
+
+from ..step import StepShape
+from .decode_attention import decode_attention
+from .prefill_attention import prefill_attention
+from .rope_kv import rope_kv
+
+
+def gpt_attention(
+    qkv: torch.Tensor,
+    past_key_value: torch.Tensor,
+    position_ids: torch.Tensor,
+    query_starts: torch.Tensor,
+    sequence_length: torch.Tensor,
+    context_lengths: torch.Tensor,
+    block_tables: torch.Tensor,
+    *,
+    step: StepShape,
+    num_heads: int,
+    num_kv_heads: int,
+    head_size: int,
+    q_scaling: float = 1.0,
+    rotary_base: float,
+    rotary_dim: int,
+    ntk_length: int,
+    logn_length: int,
+) -> torch.Tensor:
+    """Attention of the step's tokens over all cached ones, [tokens, heads * head_size]; the pool gains their K and V."""
+    q = rope_kv(
+        qkv, past_key_value, position_ids, query_starts, context_lengths, block_tables, step=step,
+        num_heads=num_heads, num_kv_heads=num_kv_heads, head_size=head_size, rotary_base=rotary_base,
+        rotary_dim=rotary_dim, ntk_length=ntk_length, logn_length=logn_length,
+    )  # fmt: skip
+    out = torch.empty_like(q)
+    if step.num_contexts:
+        prefill_attention(
+            q, past_key_value, query_starts, sequence_length, block_tables, out, step=step, q_scaling=q_scaling
+        )
+    if step.batch_size > step.num_contexts:
+        decode_attention(q, past_key_value, sequence_length, block_tables, out, step=step, q_scaling=q_scaling)
+    return out.flatten(1)

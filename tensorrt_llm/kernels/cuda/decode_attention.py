@@ -1,0 +1,217 @@
+"""Paged attention of sequences that bring one query token each, with the context split over programs.
+
+    out[h] = sum_n softmax_n(q[h] . K[n] * scale) V[n]      n over the sequence's cached tokens
+
+q and out are [tokens, heads, head_size]; the decodes' rows begin at `first_token`, their sequences at
+`first_sequence`; K and V are read from the pool through the block table (kv_pool.py has the layout).
+
+A program takes one sequence, one KV head and one split of SPLIT_TOKENS tokens. Splits have a fixed size, not a fixed
+count, so a sequence's bits depend neither on its batch nor on the longest sequence of the step. With one split the
+result is final; otherwise each split leaves its normalised result and its log-sum-exp, and a second kernel weighs
+them in order. Softmax is in float32 and in powers of two: log2(e) is folded into the scale.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from ..step import StepShape
+from .kv_pool import dot_dtype, padded_head_size, pool_strides, token_offsets
+
+# A running maximum starts below every score, yet finite: -inf minus -inf would be NaN in an all-masked row.
+_LOWEST = tl.constexpr(-1e30)
+
+
+@triton.jit(do_not_specialize=["first_sequence", "first_token", "num_splits", "table_stride"])
+def _decode_one_head(
+    q_ptr, pool_ptr, block_tables_ptr, sequence_length_ptr, out_ptr, partial_ptr, lse_ptr,
+    first_sequence, first_token, num_splits, table_stride, block_stride, value_stride, head_stride, token_stride, scale,
+    NUM_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, DIM_TILE: tl.constexpr, TOKENS_PER_BLOCK: tl.constexpr,
+    SPLIT_TOKENS: tl.constexpr, TILE_TOKENS: tl.constexpr, IS_ONLY_SPLIT: tl.constexpr, NUM_STAGES: tl.constexpr,
+):  # fmt: skip
+    """One query head per KV head: no dot, as 15 of 16 rows of a tensor core tile would be padding.
+
+    Every token lane keeps its own running maximum, sum and result; they meet once, after the loop.
+    """
+    index, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    sequence = first_sequence + index
+    length = tl.load(sequence_length_ptr + sequence)
+    start = split * SPLIT_TOKENS
+    if start >= length:
+        return
+    stop = tl.minimum(start + SPLIT_TOKENS, length)
+
+    dims = tl.arange(0, DIM_TILE)
+    dim_mask = dims < HEAD_SIZE
+    query_row = ((first_token + index).to(tl.int64) * NUM_HEADS + head) * HEAD_SIZE
+    q = tl.load(q_ptr + query_row + dims, mask=dim_mask, other=0.0).to(tl.float32) * scale
+    table_ptr = block_tables_ptr + sequence.to(tl.int64) * table_stride
+    keys_ptr = pool_ptr + head.to(tl.int64) * head_stride
+    top = tl.full([TILE_TOKENS], _LOWEST, tl.float32)
+    total = tl.zeros([TILE_TOKENS], tl.float32)
+    result = tl.zeros([TILE_TOKENS, DIM_TILE], tl.float32)
+    for first in tl.range(start, stop, TILE_TOKENS, num_stages=NUM_STAGES):
+        positions = first + tl.arange(0, TILE_TOKENS)
+        cached = positions < stop
+        offsets = token_offsets(table_ptr, positions, cached, block_stride, token_stride, TOKENS_PER_BLOCK)
+        pointers = keys_ptr + offsets[:, None] + dims[None, :]
+        mask = cached[:, None] & dim_mask[None, :]
+        keys = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+        values = tl.load(pointers + value_stride, mask=mask, other=0.0).to(tl.float32)
+        score = tl.where(cached, tl.sum(keys * q[None, :], axis=1), float("-inf"))
+        new_top = tl.maximum(top, score)
+        decay, weight = tl.exp2(top - new_top), tl.exp2(score - new_top)
+        total = total * decay + weight
+        result = result * decay[:, None] + weight[:, None] * values
+        top = new_top
+
+    best = tl.max(top, axis=0)
+    share = tl.exp2(top - best)
+    sum_of_weights = tl.sum(total * share, axis=0)
+    row = tl.sum(result * share[:, None], axis=0) / sum_of_weights
+    if IS_ONLY_SPLIT:
+        tl.store(out_ptr + query_row + dims, row, mask=dim_mask)
+    else:
+        partial_row = (index.to(tl.int64) * NUM_HEADS + head) * num_splits + split
+        tl.store(partial_ptr + partial_row * HEAD_SIZE + dims, row, mask=dim_mask)
+        tl.store(lse_ptr + partial_row, best + tl.log2(sum_of_weights))
+
+
+@triton.jit(do_not_specialize=["first_sequence", "first_token", "num_splits", "table_stride"])
+def _decode_grouped_heads(
+    q_ptr, pool_ptr, block_tables_ptr, sequence_length_ptr, out_ptr, partial_ptr, lse_ptr,
+    first_sequence, first_token, num_splits, table_stride, block_stride, value_stride, head_stride, token_stride, scale,
+    NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_TILE: tl.constexpr,
+    HEAD_SIZE: tl.constexpr, DIM_TILE: tl.constexpr, TOKENS_PER_BLOCK: tl.constexpr,
+    SPLIT_TOKENS: tl.constexpr, TILE_TOKENS: tl.constexpr, IS_ONLY_SPLIT: tl.constexpr, NUM_STAGES: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
+):  # fmt: skip
+    """GROUP query heads share a KV head: they are the rows of one tensor core tile, padded to GROUP_TILE."""
+    index, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    sequence = first_sequence + index
+    length = tl.load(sequence_length_ptr + sequence)
+    start = split * SPLIT_TOKENS
+    if start >= length:
+        return
+    stop = tl.minimum(start + SPLIT_TOKENS, length)
+
+    dims = tl.arange(0, DIM_TILE)
+    members = tl.arange(0, GROUP_TILE)
+    heads = kv_head * GROUP + members
+    row_mask = (members < GROUP)[:, None] & (dims < HEAD_SIZE)[None, :]
+    query_rows = ((first_token + index).to(tl.int64) * NUM_HEADS + heads) * HEAD_SIZE
+    q = tl.load(q_ptr + query_rows[:, None] + dims[None, :], mask=row_mask, other=0.0).to(DOT_DTYPE)
+    table_ptr = block_tables_ptr + sequence.to(tl.int64) * table_stride
+    keys_ptr = pool_ptr + kv_head.to(tl.int64) * head_stride
+    top = tl.full([GROUP_TILE], _LOWEST, tl.float32)
+    total = tl.zeros([GROUP_TILE], tl.float32)
+    result = tl.zeros([GROUP_TILE, DIM_TILE], tl.float32)
+    for first in tl.range(start, stop, TILE_TOKENS, num_stages=NUM_STAGES):
+        positions = first + tl.arange(0, TILE_TOKENS)
+        cached = positions < stop
+        offsets = token_offsets(table_ptr, positions, cached, block_stride, token_stride, TOKENS_PER_BLOCK)
+        pointers = keys_ptr + offsets[:, None] + dims[None, :]
+        mask = cached[:, None] & (dims < HEAD_SIZE)[None, :]
+        keys = tl.load(pointers, mask=mask, other=0.0).to(DOT_DTYPE)
+        values = tl.load(pointers + value_stride, mask=mask, other=0.0).to(DOT_DTYPE)
+        score = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
+        score = tl.where(cached[None, :], score, float("-inf"))
+        new_top = tl.maximum(top, tl.max(score, axis=1))
+        decay, weight = tl.exp2(top - new_top), tl.exp2(score - new_top[:, None])
+        total = total * decay + tl.sum(weight, axis=1)
+        result = result * decay[:, None]
+        result = tl.dot(weight.to(DOT_DTYPE), values, result, input_precision="ieee")
+        top = new_top
+
+    rows = result / total[:, None]
+    if IS_ONLY_SPLIT:
+        tl.store(out_ptr + query_rows[:, None] + dims[None, :], rows, mask=row_mask)
+    else:
+        partial_rows = (index.to(tl.int64) * NUM_HEADS + heads) * num_splits + split
+        tl.store(partial_ptr + partial_rows[:, None] * HEAD_SIZE + dims[None, :], rows, mask=row_mask)
+        tl.store(lse_ptr + partial_rows, top + tl.log2(total), mask=members < GROUP)
+
+
+@triton.jit(do_not_specialize=["first_sequence", "first_token", "num_splits"])
+def _combine_splits(
+    partial_ptr, lse_ptr, sequence_length_ptr, out_ptr, first_sequence, first_token, num_splits,
+    NUM_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, DIM_TILE: tl.constexpr, SPLIT_TOKENS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):  # fmt: skip
+    """out = sum_s 2^lse[s] partial[s] / sum_s 2^lse[s], the splits of one sequence and head taken in order."""
+    index, head = tl.program_id(0), tl.program_id(1)
+    used_splits = tl.cdiv(tl.load(sequence_length_ptr + first_sequence + index), SPLIT_TOKENS)
+    dims = tl.arange(0, DIM_TILE)
+    first_row = (index.to(tl.int64) * NUM_HEADS + head) * num_splits
+    top = tl.full([], _LOWEST, tl.float32)
+    total = tl.zeros([], tl.float32)
+    result = tl.zeros([DIM_TILE], tl.float32)
+    for first in range(0, used_splits, CHUNK):
+        splits = first + tl.arange(0, CHUNK)
+        used = splits < used_splits
+        lse = tl.load(lse_ptr + first_row + splits, mask=used, other=float("-inf"))
+        mask = used[:, None] & (dims < HEAD_SIZE)[None, :]
+        partial = tl.load(partial_ptr + (first_row + splits)[:, None] * HEAD_SIZE + dims[None, :], mask=mask, other=0.0)
+        new_top = tl.maximum(top, tl.max(lse, axis=0))
+        decay, weight = tl.exp2(top - new_top), tl.exp2(lse - new_top)
+        total = total * decay + tl.sum(weight, axis=0)
+        result = result * decay + tl.sum(partial * weight[:, None], axis=0)
+        top = new_top
+    row = ((first_token + index).to(tl.int64) * NUM_HEADS + head) * HEAD_SIZE
+    tl.store(out_ptr + row + dims, result / total, mask=dims < HEAD_SIZE)
+
+
+def decode_attention(
+    q: torch.Tensor,
+    past_key_value: torch.Tensor,
+    sequence_length: torch.Tensor,
+    block_tables: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    step: StepShape,
+    q_scaling: float,
+) -> None:
+    """Fill out[num_context_tokens:], the attention of the sequences from num_contexts on."""
+    num_heads, head_size = q.shape[1:]
+    num_kv_heads = past_key_value.shape[2]
+    group = num_heads // num_kv_heads
+    decodes = step.batch_size - step.num_contexts
+    # 256 tokens of a 128-wide float16 head are 128 KB, about 6 us of one SM's share of the memory: long against a
+    # launch, short enough that 1k tokens of 32 heads fill 132 SMs. Grouped heads have fewer programs per token: 128.
+    split_tokens = 256 if group == 1 else 128
+    num_splits = triton.cdiv(step.max_sequence_length, split_tokens)
+    is_only_split = num_splits == 1
+    if is_only_split:
+        partial = lse = out  # never read or written
+    else:
+        partial = torch.empty((decodes, num_heads, num_splits, head_size), dtype=torch.float32, device=q.device)
+        lse = torch.empty((decodes, num_heads, num_splits), dtype=torch.float32, device=q.device)
+    sizes = dict(NUM_HEADS=num_heads, HEAD_SIZE=head_size, DIM_TILE=padded_head_size(head_size))
+    arguments = (
+        q, past_key_value, block_tables, sequence_length, out, partial, lse,
+        step.num_contexts, step.num_context_tokens, num_splits, block_tables.stride(0), *pool_strides(past_key_value),
+        math.log2(math.e) / (q_scaling * math.sqrt(head_size)),
+    )  # fmt: skip
+    tiling = dict(
+        TOKENS_PER_BLOCK=past_key_value.shape[3], SPLIT_TOKENS=split_tokens, IS_ONLY_SPLIT=is_only_split
+    )
+    grid = (decodes, num_kv_heads, num_splits)
+    if group == 1:
+        # K and V tiles of 8 KB each in float16, two of them in flight per program; at 96 registers five programs
+        # share an SM, so 80 KB and more are under way, where 3 TB/s at 0.8 us of latency need 18 KB an SM.
+        _decode_one_head[grid](*arguments, **sizes, **tiling, TILE_TOKENS=32, NUM_STAGES=3, num_warps=4)
+    else:
+        # Float32 products run without tensor cores and need smaller tiles to stay within the registers.
+        is_exact = past_key_value.dtype == torch.float32
+        _decode_grouped_heads[grid](
+            *arguments, **sizes, **tiling, GROUP=group, GROUP_TILE=max(16, triton.next_power_of_2(group)),
+            TILE_TOKENS=32 if is_exact else 64, NUM_STAGES=2 if is_exact else 3, num_warps=8 if is_exact else 4,
+            DOT_DTYPE=dot_dtype(past_key_value.dtype),
+        )  # fmt: skip
+    if not is_only_split:
+        _combine_splits[(decodes, num_heads)](
+            partial, lse, sequence_length, out, step.num_contexts, step.num_context_tokens, num_splits,
+            **sizes, SPLIT_TOKENS=split_tokens, CHUNK=16, num_warps=4,
+        )  # fmt: skip

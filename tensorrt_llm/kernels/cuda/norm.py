@@ -1,0 +1,71 @@
+"""RMSNorm, and RMSNorm fused with the residual add before it.
+
+    rms_norm(x)        = x * rsqrt(mean(x^2) + eps) * weight
+    add_rms_norm(x, y) = s, rms_norm(s)   with s = x + y, kept in float32
+
+x, y and the results are [tokens, hidden], rows contiguous; weight is [hidden]. Each row belongs to one program, all
+math is in float32, and each result is rounded once. A row's bits do not depend on the other rows.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ...dtype import torch_dtype
+
+
+@triton.jit
+def _rms_norm(
+    x_ptr, y_ptr, weight_ptr, sum_ptr, out_ptr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, EPS: tl.constexpr,
+    HAS_ADDEND: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * HIDDEN
+    columns = tl.arange(0, BLOCK)
+    mask = columns < HIDDEN
+    x = tl.load(x_ptr + row + columns, mask=mask, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+    if HAS_ADDEND:
+        x += tl.load(y_ptr + row + columns, mask=mask, other=0.0).to(tl.float32)
+        tl.store(sum_ptr + row + columns, x, mask=mask)
+    scale = tl.rsqrt(tl.sum(x * x) / HIDDEN + EPS)
+    tl.store(out_ptr + row + columns, x * scale * weight, mask=mask)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, *, eps: float, dtype: str) -> torch.Tensor:
+    """x / rms(x) * weight, row by row, in `dtype`."""
+    out = torch.empty(x.shape, dtype=torch_dtype(dtype), device=x.device)
+    _launch(x, None, weight, None, out, eps)
+    return out
+
+
+def add_rms_norm(
+    x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, *, eps: float, dtype: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x + y in float32, rms_norm of that sum in `dtype`)."""
+    assert x.shape == y.shape, f"add_rms_norm: x is {tuple(x.shape)} but y is {tuple(y.shape)}"
+    assert x.dtype == torch.float32, f"add_rms_norm: the residual must be float32, it is {x.dtype}"
+    total = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    out = torch.empty(x.shape, dtype=torch_dtype(dtype), device=x.device)
+    _launch(x, y, weight, total, out, eps)
+    return total, out
+
+
+def _launch(
+    x: torch.Tensor,
+    y: torch.Tensor | None,
+    weight: torch.Tensor,
+    total: torch.Tensor | None,
+    out: torch.Tensor,
+    eps: float,
+) -> None:
+    rows, hidden = x.shape
+    assert x.is_contiguous() and (y is None or y.is_contiguous()), "rms_norm: rows must be contiguous"
+    if rows == 0:
+        return
+    block = triton.next_power_of_2(hidden)
+    # One row is one program, and at decode there are few rows: latency counts. 8 values a lane are two 128-bit
+    # loads of the float32 residual, all in flight at once; 4096 columns take 16 warps.
+    num_warps = min(max(block // 256, 1), 16)
+    _rms_norm[(rows,)](
+        x, y, weight, total, out, HIDDEN=hidden, BLOCK=block, EPS=eps, HAS_ADDEND=y is not None, num_warps=num_warps
+    )

@@ -1,0 +1,145 @@
+"""RoPE on q and k, and the write of k and v into the paged pool: what attention needs done before it can read.
+
+    angle(position, i) = position * base'^(-2i / d),  base' = base * alpha^(d / (d - 2)),  d = rotary_dim
+    alpha(sequence)    = 2 * m - 1 with m the smallest power of two for which context_length <= m * ntk_length
+    x[i], x[i + d/2]   = x[i] cos - x[i + d/2] sin, x[i + d/2] cos + x[i] sin     (dims from d on stay)
+    q                  times max(1, ln(position + 1) / ln(logn_length)) as well
+
+qkv is [tokens, (num_heads + 2 num_kv_heads) head_size], q first, then k, then v. The rotated q comes back as
+[tokens, num_heads, head_size] in qkv's dtype; k and v go to the pool at their position (kv_pool.py has its layout).
+
+Alpha is found by comparing integers, as a rounded logarithm is a step off at its powers of two. The angle is
+reduced to one turn in float64: in float32 a position of 32768 times a frequency is already off by 2e-3. It costs a
+few dozen float64 instructions per token and frequency, beside which a program moves kilobytes.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from ..step import StepShape
+from .kv_pool import padded_head_size, pool_strides, token_offsets
+
+
+@triton.jit
+def _sequence_of(token, query_starts_ptr, batch_size, CHUNK: tl.constexpr):
+    """The sequence that owns `token`: how many of query_starts[1:] lie at or before it."""
+    sequence = tl.zeros([], tl.int32)
+    for first in range(0, batch_size, CHUNK):
+        index = first + tl.arange(0, CHUNK)
+        starts = tl.load(query_starts_ptr + 1 + index, mask=index < batch_size, other=2147483647)
+        sequence += tl.sum((starts <= token).to(tl.int32))
+    return sequence
+
+
+@triton.jit
+def _cos_sin(turns):
+    """Cosine and sine of `turns` (float64) whole turns, in float32, within 1e-7.
+
+    The remainder after whole quarter turns lies within pi/4 of zero, where short Taylor series do; libdevice's sine
+    would bring a slow path for huge arguments that spills to local memory.
+    """
+    turns -= tl.floor(turns)
+    quarter = tl.floor(turns * 4.0 + 0.5)
+    x = ((turns - quarter * 0.25) * 6.283185307179586).to(tl.float32)
+    y = x * x
+    sine = x * (1.0 + y * (-1.0 / 6 + y * (1.0 / 120 + y * (-1.0 / 5040 + y * (1.0 / 362880)))))
+    cosine = 1.0 + y * (-0.5 + y * (1.0 / 24 + y * (-1.0 / 720 + y * (1.0 / 40320 - y * (1.0 / 3628800)))))
+    swapped = (quarter == 1.0) | (quarter == 3.0)
+    cosine, sine = tl.where(swapped, sine, cosine), tl.where(swapped, cosine, sine)
+    cosine = tl.where((quarter == 1.0) | (quarter == 2.0), -cosine, cosine)
+    sine = tl.where((quarter == 2.0) | (quarter == 3.0), -sine, sine)
+    return cosine, sine
+
+
+@triton.jit(do_not_specialize=["batch_size", "table_stride"])
+def _rope_kv(
+    qkv_ptr, q_ptr, pool_ptr, position_ids_ptr, query_starts_ptr, context_lengths_ptr, block_tables_ptr,
+    batch_size, table_stride, block_stride, value_stride, head_stride, token_stride,
+    NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, TOKENS_PER_BLOCK: tl.constexpr,
+    ROTARY_DIM: tl.constexpr, LOG2_BASE: tl.constexpr, NTK_LENGTH: tl.constexpr, LOGN_LENGTH: tl.constexpr,
+    ONE_TOKEN_EACH: tl.constexpr, HEAD_TILE: tl.constexpr, DIM_TILE: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0)
+    heads = tl.program_id(1) * HEAD_TILE + tl.arange(0, HEAD_TILE)
+    dims = tl.arange(0, DIM_TILE)
+    sequence = token
+    if not ONE_TOKEN_EACH:
+        sequence = _sequence_of(token, query_starts_ptr, batch_size, 128)
+    position = tl.load(position_ids_ptr + token)
+
+    # cos and sin of every dim; dim i and dim i + d/2 share a frequency, dims from d on do not turn.
+    HALF: tl.constexpr = ROTARY_DIM // 2
+    log2_base = tl.full([], LOG2_BASE, tl.float64)
+    if NTK_LENGTH > 0:
+        context_length = tl.load(context_lengths_ptr + sequence)
+        doublings = tl.full([], NTK_LENGTH, tl.int64) << tl.arange(0, 32)
+        alpha = (tl.full([], 2, tl.int64) << tl.sum((context_length > doublings).to(tl.int64))) - 1
+        log2_base += tl.log2(alpha.to(tl.float64)) * (ROTARY_DIM / (ROTARY_DIM - 2))
+    frequency = tl.exp2((dims % HALF).to(tl.float64) * (-2.0 / ROTARY_DIM) * log2_base)
+    cosine, sine = _cos_sin(position.to(tl.float64) * frequency * 0.15915494309189535)
+    cosine = tl.where(dims < ROTARY_DIM, cosine, 1.0)
+    sine = tl.where(dims < HALF, -sine, tl.where(dims < ROTARY_DIM, sine, 0.0))
+    partner = tl.where(dims < HALF, dims + HALF, tl.where(dims < ROTARY_DIM, dims - HALF, dims))
+
+    # [HEAD_TILE, DIM_TILE]
+    is_query = heads < NUM_HEADS
+    is_value = heads >= NUM_HEADS + NUM_KV_HEADS
+    mask = (heads < NUM_HEADS + 2 * NUM_KV_HEADS)[:, None] & (dims < HEAD_SIZE)[None, :]
+    row = token.to(tl.int64) * ((NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_SIZE) + heads * HEAD_SIZE
+    x = tl.load(qkv_ptr + row[:, None] + dims[None, :], mask=mask, other=0.0)
+    turned = mask & (is_value == 0)[:, None]
+    x_partner = tl.load(qkv_ptr + row[:, None] + partner[None, :], mask=turned, other=0.0).to(tl.float32)
+    rotated = x.to(tl.float32) * cosine[None, :] + x_partner * sine[None, :]
+    if LOGN_LENGTH > 0:
+        logn = tl.log2((position + 1).to(tl.float32)) / tl.log2(tl.full([], LOGN_LENGTH, tl.float32))
+        rotated *= tl.where(is_query & (position + 1 > LOGN_LENGTH), logn, 1.0)[:, None]
+    result = tl.where(is_value[:, None], x, rotated.to(x.dtype))
+
+    query_row = token.to(tl.int64) * (NUM_HEADS * HEAD_SIZE) + heads * HEAD_SIZE
+    tl.store(q_ptr + query_row[:, None] + dims[None, :], result, mask=mask & is_query[:, None])
+    table_ptr = block_tables_ptr + sequence.to(tl.int64) * table_stride
+    slot = token_offsets(table_ptr, position, position >= 0, block_stride, token_stride, TOKENS_PER_BLOCK)
+    kv_head = tl.where(is_value, heads - NUM_HEADS - NUM_KV_HEADS, heads - NUM_HEADS)
+    pool_row = slot + tl.where(is_value, value_stride, 0) + kv_head.to(tl.int64) * head_stride
+    tl.store(pool_ptr + pool_row[:, None] + dims[None, :], result, mask=mask & (is_query == 0)[:, None])
+
+
+def rope_kv(
+    qkv: torch.Tensor,
+    past_key_value: torch.Tensor,
+    position_ids: torch.Tensor,
+    query_starts: torch.Tensor,
+    context_lengths: torch.Tensor,
+    block_tables: torch.Tensor,
+    *,
+    step: StepShape,
+    num_heads: int,
+    num_kv_heads: int,
+    head_size: int,
+    rotary_base: float,
+    rotary_dim: int,
+    ntk_length: int,
+    logn_length: int,
+) -> torch.Tensor:
+    """Write the step's keys and values to the pool; return its queries [tokens, heads, head_size], ready to score."""
+    assert qkv.is_contiguous() and qkv.shape[1] == (num_heads + 2 * num_kv_heads) * head_size
+    tokens = qkv.shape[0]
+    q = torch.empty((tokens, num_heads, head_size), dtype=qkv.dtype, device=qkv.device)
+    if tokens == 0:
+        return q
+    # Few tokens: 8 heads a program spread one token over many SMs. Many: 32 heads share one computation of angles.
+    head_tile = 8 if tokens <= 64 else 32
+    grid = (tokens, triton.cdiv(num_heads + 2 * num_kv_heads, head_tile))
+    block_stride, value_stride, head_stride, token_stride = pool_strides(past_key_value)
+    _rope_kv[grid](
+        qkv, q, past_key_value, position_ids, query_starts, context_lengths, block_tables,
+        step.batch_size, block_tables.stride(0), block_stride, value_stride, head_stride, token_stride,
+        NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_SIZE=head_size, TOKENS_PER_BLOCK=past_key_value.shape[3],
+        ROTARY_DIM=rotary_dim, LOG2_BASE=math.log2(rotary_base), NTK_LENGTH=ntk_length, LOGN_LENGTH=logn_length,
+        ONE_TOKEN_EACH=step.max_query_length == 1 and tokens == step.batch_size,
+        HEAD_TILE=head_tile, DIM_TILE=padded_head_size(head_size), num_warps=4,
+    )  # fmt: skip
+    return q

@@ -1,0 +1,175 @@
+"""What every op means, in plain torch: the yardstick of all kernels, and the interpreter of a network.
+
+Each function computes in the dtype of its float operands or wider (float32, or float64 when given float64) and rounds
+once to the result's dtype. Runs on any device, at any speed. Knows no graph and no request.
+"""
+
+import math
+
+import torch
+
+from ..dtype import torch_dtype
+from .step import StepShape
+
+
+def _compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
+    """float64 when any operand has it, else float32: what sums and products are held in."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+def embedding(ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """ids int [T], weight [vocab, hidden] -> [T, hidden]."""
+    return weight[ids.long()]
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, *, eps: float, dtype: str) -> torch.Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dim; x [T, hidden], weight [hidden]."""
+    wide = x.to(_compute_dtype(x, weight))
+    rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide * rstd * weight.to(wide.dtype)).to(torch_dtype(dtype))
+
+
+def add_rms_norm(
+    x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, *, eps: float, dtype: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x + y in the residual's dtype, its rms_norm): x [T, hidden] is the residual stream, y what a layer adds."""
+    residual = add(x, y)
+    return residual, rms_norm(residual, weight, eps=eps, dtype=dtype)
+
+
+def matmul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, dtype: str) -> torch.Tensor:
+    """x [T, k] times the transpose of weight [n, k], plus bias [n]."""
+    wide = _compute_dtype(x, weight)
+    product = x.to(wide) @ weight.to(wide).T
+    if bias is not None:
+        product = product + bias.to(wide)
+    return product.to(torch_dtype(dtype))
+
+
+def add(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Elementwise sum; operands of two dtypes give float32."""
+    if left.dtype == right.dtype:
+        return left + right
+    wide = _compute_dtype(left, right)
+    return left.to(wide) + right.to(wide)
+
+
+def mul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Elementwise product; operands of two dtypes give float32."""
+    if left.dtype == right.dtype:
+        return left * right
+    wide = _compute_dtype(left, right)
+    return left.to(wide) * right.to(wide)
+
+
+def silu(x: torch.Tensor) -> torch.Tensor:
+    """x * sigmoid(x)."""
+    return torch.nn.functional.silu(x.to(_compute_dtype(x))).to(x.dtype)
+
+
+def cast(x: torch.Tensor, *, dtype: str) -> torch.Tensor:
+    return x.to(torch_dtype(dtype))
+
+
+def gated_mlp(x: torch.Tensor, fc: torch.Tensor, gate: torch.Tensor, *, dtype: str) -> torch.Tensor:
+    """silu(x fc^T) * (x gate^T): x [T, k], fc and gate [n, k] -> [T, n], rounded once."""
+    wide = _compute_dtype(x, fc)
+    activated = torch.nn.functional.silu(x.to(wide) @ fc.to(wide).T)
+    return (activated * (x.to(wide) @ gate.to(wide).T)).to(torch_dtype(dtype))
+
+
+def gather_last_token(x: torch.Tensor, last_token_ids: torch.Tensor) -> torch.Tensor:
+    """Rows of x [T, hidden] picked by last_token_ids int [N], counted from 0."""
+    return x[last_token_ids.long()]
+
+
+def ntk_alpha(context_length: int, trained_length: int) -> int:
+    """Qwen's RoPE stretch max(2^ceil(log2(L / S) + 1) - 1, 1), in integers: 1 up to S, 3 up to 2 S, 7 up to 4 S..."""
+    power = 1
+    while context_length > power * trained_length:
+        power *= 2
+    return 2 * power - 1
+
+
+def rope_angles(
+    position_ids: torch.Tensor, *, rotary_base: float, rotary_dim: int, alpha: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """Rotation angles [T, rotary_dim / 2]: position * base'^(-2 j / d) with base' = base * alpha^(d / (d - 2))."""
+    base = rotary_base * alpha ** (rotary_dim / (rotary_dim - 2))
+    exponents = torch.arange(0, rotary_dim, 2, dtype=dtype, device=position_ids.device) / rotary_dim
+    return position_ids.to(dtype)[:, None] * base**-exponents
+
+
+def rotate(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+    """NeoX rotation of the first 2 * angles.shape[1] dims of x [T, heads, head_size]; the others stay."""
+    half = angles.shape[1]
+    cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
+
+
+def logn_scale(position_ids: torch.Tensor, trained_length: int, dtype: torch.dtype) -> torch.Tensor:
+    """max(1, log_S(i)) for the position i counted from 1, [T]."""
+    return (torch.log(position_ids.to(dtype) + 1) / math.log(trained_length)).clamp(min=1)
+
+
+def gpt_attention(
+    qkv: torch.Tensor,
+    past_key_value: torch.Tensor,
+    position_ids: torch.Tensor,
+    query_starts: torch.Tensor,
+    sequence_length: torch.Tensor,
+    context_lengths: torch.Tensor,
+    block_tables: torch.Tensor,
+    *,
+    step: StepShape,
+    num_heads: int,
+    num_kv_heads: int,
+    head_size: int,
+    q_scaling: float = 1.0,
+    rotary_base: float,
+    rotary_dim: int,
+    ntk_length: int,
+    logn_length: int,
+) -> torch.Tensor:
+    """RoPE, KV write, causal attention, sequence by sequence; see functional.gpt_attention for shapes and rules.
+
+    Zero for ntk_length or logn_length turns that rule off. The score matrix of one sequence is materialised.
+    """
+    del step  # everything it says stands in the tensors too, and this function may read those
+    wide = _compute_dtype(qkv)
+    q, k, v = (
+        qkv.to(wide)
+        .view(-1, num_heads + 2 * num_kv_heads, head_size)
+        .split((num_heads, num_kv_heads, num_kv_heads), dim=1)
+    )
+    block_size = past_key_value.shape[3]
+    context = torch.empty(qkv.shape[0], num_heads * head_size, dtype=qkv.dtype, device=qkv.device)
+    starts = query_starts.tolist()
+    for index, (total, prompt) in enumerate(zip(sequence_length.tolist(), context_lengths.tolist(), strict=True)):
+        tokens = slice(starts[index], starts[index + 1])
+        positions = position_ids[tokens]
+        alpha = ntk_alpha(prompt, ntk_length) if ntk_length else 1
+        angles = rope_angles(positions, rotary_base=rotary_base, rotary_dim=rotary_dim, alpha=alpha, dtype=wide)
+        query = rotate(q[tokens], angles)
+        if logn_length:
+            query = query * logn_scale(positions, logn_length, wide)[:, None, None]
+
+        blocks = block_tables[index].long()
+        block, offset = blocks[positions // block_size], positions.long() % block_size
+        past_key_value[block, 0, :, offset] = rotate(k[tokens], angles).to(past_key_value.dtype)
+        past_key_value[block, 1, :, offset] = v[tokens].to(past_key_value.dtype)
+
+        # [blocks, kv_heads, block_size, head_size] -> [kv_heads, total, head_size]
+        cached = past_key_value[blocks[: -(-total // block_size)]].to(wide)
+        keys, values = (
+            cached[:, side].transpose(0, 1).reshape(num_kv_heads, -1, head_size)[:, :total] for side in (0, 1)
+        )
+        group = num_heads // num_kv_heads
+        keys, values = keys.repeat_interleave(group, dim=0), values.repeat_interleave(group, dim=0)
+        scores = query.transpose(0, 1) @ keys.transpose(1, 2) / (q_scaling * math.sqrt(head_size))
+        is_future = torch.arange(total, device=qkv.device)[None] > positions[:, None]
+        probabilities = scores.masked_fill(is_future, -math.inf).softmax(-1)
+        # [heads, tokens, head_size] -> [tokens, heads * head_size]
+        context[tokens] = (probabilities @ values).transpose(0, 1).flatten(1).to(qkv.dtype)
+    return context

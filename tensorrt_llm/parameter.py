@@ -1,0 +1,63 @@
+"""A weight of a network: shape and dtype now, data when the engine is written.
+
+A build streams: a loader set here reads one tensor when it is asked for and nobody keeps it afterwards, so the
+host never holds the model. Knows nothing of files or checkpoints.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from .dtype import is_floating, torch_dtype
+from .network import Tensor, default_net
+
+
+class Parameter:
+    """A weight of `shape` (dims are ints) in `dtype`. Give it data with `.value = array` or `set_loader(function)`."""
+
+    def __init__(self, shape: tuple[int, ...] | list[int], dtype: str = "float32") -> None:
+        self.shape = tuple(int(dim) for dim in shape)
+        self.dtype = dtype
+        self.name = ""  # the dotted path in its model, given by Network.set_named_parameters
+        self._loader: Callable[[], torch.Tensor] | None = None
+        if any(dim < 1 for dim in self.shape):
+            raise ValueError(f"Parameter: shape is {self.shape}, expected positive dims")
+        torch_dtype(dtype)
+
+    @property
+    def value(self) -> Tensor:
+        """The tensor of the network in work that stands for this weight."""
+        return default_net().parameter(self.name, self.shape, self.dtype)
+
+    @value.setter
+    def value(self, array: Any) -> None:
+        tensor = torch.from_numpy(array) if isinstance(array, np.ndarray) else array
+        self._check_shape(tensor)
+        self.set_loader(lambda: tensor)
+
+    def set_loader(self, loader: Callable[[], torch.Tensor]) -> None:
+        """`loader()` gives a torch.Tensor of this shape in any floating dtype; it is called whenever data is needed."""
+        self._loader = loader
+
+    def load(self) -> torch.Tensor:
+        """The data, contiguous, in this parameter's dtype. A finite value that the dtype can't hold is a ValueError."""
+        if self._loader is None:
+            raise ValueError(f"parameter {self.name} has no data; load the model's weights before building")
+        tensor = self._loader()
+        self._check_shape(tensor)
+        cast = tensor.to(torch_dtype(self.dtype)).contiguous()
+        # Only fp16 is narrower in range than what checkpoints hold; an inf made here would end as NaN logits.
+        if self.dtype == "float16" and tensor.dtype != torch.float16 and not torch.isfinite(cast).all():
+            largest = tensor.abs().max().item()
+            raise ValueError(
+                f"{self.name}: largest magnitude {largest:g} does not fit float16 (at most 65504); build with bfloat16"
+            )
+        return cast
+
+    def _check_shape(self, tensor: torch.Tensor) -> None:
+        if tuple(tensor.shape) != self.shape:
+            raise ValueError(f"parameter {self.name}: data has shape {tuple(tensor.shape)}, expected {self.shape}")
+        if is_floating(self.dtype) and not tensor.is_floating_point():
+            raise ValueError(f"parameter {self.name}: data is {tensor.dtype}, expected a floating dtype")

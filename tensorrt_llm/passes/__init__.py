@@ -1,0 +1,28 @@
+"""Rewrites of a network, in order. Each is a function that returns how often it acted."""
+
+import logging
+
+from ..network import Network
+from .fuse_add_rms_norm import fuse_add_rms_norm
+from .fuse_gated_mlp import fuse_gated_mlp
+from .simplify import simplify
+
+logger = logging.getLogger(__name__)
+
+PASSES = (
+    simplify,  # dead and repeated nodes go, so that each value has one name
+    fuse_gated_mlp,  # silu(x A) * (x B) -> one op that reads x once and rounds once
+    fuse_add_rms_norm,  # residual add, then norm -> one op that reads the residual once
+    simplify,  # what the fusions left without a reader
+)
+
+
+def optimize(network: Network) -> None:
+    """Apply PASSES; the network is verified after each, so a broken rewrite is named."""
+    for rewrite in PASSES:
+        count = rewrite(network)
+        try:
+            network.verify()
+        except AssertionError as error:
+            raise AssertionError(f"pass {rewrite.__name__} broke the network: {error}") from error
+        logger.info("%s: %d rewrites, %d nodes left", rewrite.__name__, count, len(network.nodes))

@@ -1,0 +1,132 @@
+"""Runs a plan: weights on the device in their kernels' layouts, nodes in order, values dropped after their last use.
+
+Knows nothing of requests, batches or the cache: the KV pools are inputs like the others.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..dtype import is_floating
+from ..kernels import Kernel, StepShape
+from ..plan import Plan, PlanNode
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A node bound to its kernel."""
+
+    run: Callable[..., Any]
+    reads: tuple[str, ...]  # values of the step
+    weights: tuple[torch.Tensor | None, ...]  # operands after them
+    makes: tuple[str, ...]
+    attrs: dict[str, Any]
+    needs_step: bool
+    releases: tuple[str, ...]  # values that nothing reads after this node
+
+
+class Executor:
+    """`run` gives the plan's outputs. With `float32` every float is computed and kept in float32: the reference run."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        weights: Mapping[str, torch.Tensor],
+        kernels: Mapping[str, Kernel],
+        device: torch.device,
+        *,
+        float32: bool = False,
+    ) -> None:
+        self.plan = plan
+        self._calls = _bind(plan, weights, kernels, device, float32)
+
+    def run(
+        self, inputs: Mapping[str, torch.Tensor], step: StepShape, keep: Collection[str] = ()
+    ) -> dict[str, torch.Tensor]:
+        """The plan's outputs under their names outside, and the values named in `keep` under their own."""
+        values = dict(inputs)
+        kept: dict[str, torch.Tensor] = {}
+        for call in self._calls:
+            attrs = {**call.attrs, "step": step} if call.needs_step else call.attrs
+            made = call.run(*(values[name] for name in call.reads), *call.weights, **attrs)
+            for name, value in zip(call.makes, made if len(call.makes) > 1 else (made,), strict=True):
+                values[name] = value
+                if name in keep:
+                    kept[name] = value
+            for name in call.releases:
+                del values[name]
+        return kept | {outside: values[name] for outside, name in self.plan.outputs.items()}
+
+
+def _bind(
+    plan: Plan,
+    weights: Mapping[str, torch.Tensor],
+    kernels: Mapping[str, Kernel],
+    device: torch.device,
+    float32: bool,
+) -> list[_Call]:
+    missing = sorted({node.op for node in plan.nodes} - set(kernels))
+    if missing:
+        raise ValueError(f"no kernel for {', '.join(missing)} on {device}; this engine needs what this version lacks")
+    weight_names = {spec.name for spec in plan.weights}
+    loaded = _LoadedWeights(plan, weights, weight_names, device, float32)
+    releases = _releases(plan, weight_names)
+    return [
+        _bind_node(node, kernels[node.op], loaded, releases[index], float32) for index, node in enumerate(plan.nodes)
+    ]
+
+
+def _bind_node(
+    node: PlanNode, kernel: Kernel, loaded: "_LoadedWeights", releases: tuple[str, ...], float32: bool
+) -> _Call:
+    reads = tuple(name for name in node.inputs if name not in loaded.names)
+    assert node.inputs[: len(reads)] == reads, f"{node.op} has a weight before a value: {node.inputs}"
+    attrs = dict(node.attrs)
+    if float32 and is_floating(str(attrs.get("dtype", "int32"))):
+        attrs["dtype"] = "float32"
+    operands: tuple[torch.Tensor | None, ...] = tuple(loaded.take(name) for name in node.inputs[len(reads) :])
+    if kernel.prepare and operands:
+        operands = kernel.prepare(*operands, **attrs)
+    makes = tuple(spec.name for spec in node.outputs)
+    return _Call(kernel.run, reads, operands, makes, attrs, kernel.needs_step, releases)
+
+
+class _LoadedWeights:
+    """Weights on the device, each read from the engine once and held no longer than until its last node has it."""
+
+    def __init__(
+        self, plan: Plan, weights: Mapping[str, torch.Tensor], names: set[str], device: torch.device, float32: bool
+    ) -> None:
+        self.names = names
+        self._weights = weights
+        self._device = device
+        self._float32 = float32
+        self._users_left = dict.fromkeys(names, 0)
+        for node in plan.nodes:
+            for name in node.inputs:
+                if name in names:
+                    self._users_left[name] += 1
+        self._held: dict[str, torch.Tensor] = {}
+
+    def take(self, name: str) -> torch.Tensor:
+        if name not in self._held:
+            weight = self._weights[name].to(self._device)
+            self._held[name] = weight.float() if self._float32 and weight.is_floating_point() else weight
+        self._users_left[name] -= 1
+        return self._held[name] if self._users_left[name] else self._held.pop(name)
+
+
+def _releases(plan: Plan, weight_names: set[str]) -> list[tuple[str, ...]]:
+    """For each node the values whose last reader it is."""
+    last_use = {name: index for index, node in enumerate(plan.nodes) for name in node.inputs}
+    last_use |= {
+        spec.name: index for index, node in enumerate(plan.nodes) for spec in node.outputs if spec.name not in last_use
+    }
+    outputs = set(plan.outputs.values())
+    releases: list[list[str]] = [[] for _ in plan.nodes]
+    for name, index in last_use.items():
+        if name not in weight_names and name not in outputs:
+            releases[index].append(name)
+    return [tuple(names) for names in releases]

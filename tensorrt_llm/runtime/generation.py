@@ -1,0 +1,303 @@
+"""The serving loop: prompts in, tokens and text out, any number of sequences at a time.
+
+`GenerationSession.step` is the loop; everything else here feeds it or shows its results: `submit` and `cancel` for
+servers, `decode` with the meaning of TensorRT-LLM 0.7.1, `stream` and `stream_text` for what a person reads. Knows
+neither models nor kernels nor how a step is computed. Not thread-safe: one thread calls it.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import count
+from typing import Any, NamedTuple
+
+import torch
+
+from ..tokenizer import StopStringMatcher, TextStream, Tokenizer
+from .batch import Batch
+from .decode_tensors import DecodeOutput, Prompt, read_prompt, split_prompts
+from .kv_cache import BlockAllocator
+from .request import FinishReason, Request, Sampling, SamplingConfig
+from .sampling import Sampled, Sampler
+from .scheduler import Scheduler
+from .session import Session
+
+
+class NewToken(NamedTuple):
+    """What one sequence gained in one step."""
+
+    prompt_index: int
+    token_id: int
+    text: str  # whole characters that are now certain: "" while one is incomplete or a stop string may have begun
+    finish_reason: FinishReason | None
+
+
+class _Setup(NamedTuple):
+    batch_size: int
+    max_context_length: int
+    max_new_tokens: int
+
+
+class GenerationSession:
+    def __init__(self, session: Session, tokenizer: Tokenizer | None = None) -> None:
+        """`tokenizer` is needed for text only: stop strings, `stream_text`, and "texts" of decode."""
+        self.session = session
+        self.tokenizer = tokenizer
+        self.config = session.config
+        self.limits = session.config.limits
+        self._allocator = BlockAllocator(session.num_blocks)
+        self._scheduler = Scheduler(self.limits, self._allocator)
+        self._sampler = Sampler(session.device)
+        self._ids = count()
+        self._texts: dict[int, _OutputText] = {}  # request id -> the text that is followed
+        self._setup: _Setup | None = None
+
+    # The loop
+
+    def submit(self, prompt_ids: Prompt, sampling: SamplingConfig, *, with_text: bool = False) -> Request:
+        """Queue a prompt. `with_text` keeps `request.text` up to date; stop strings do so anyway."""
+        request = self._make_request(prompt_ids, sampling.for_sequence(0, 1), "the prompt")
+        self._enqueue(request, with_text)
+        return request
+
+    def step(self) -> list[Request]:
+        """Compute one step; return the requests that got a token. Finished ones have given back what they held."""
+        batch = self._scheduler.next_batch()
+        if not batch.rows:
+            return []
+        logits = _rows_of_receivers(batch, self.session.run(batch))
+        sampled = self._sampler.sample(logits, batch.receivers)
+        return self._record(batch, sampled)
+
+    def cancel(self, request: Request) -> None:
+        """End a request between two steps, whatever its state; its blocks are free at once."""
+        self._scheduler.cancel(request)
+        self._texts.pop(request.id, None)
+
+    @property
+    def has_work(self) -> bool:
+        """Some request waits or runs, so a step would do something."""
+        return self._scheduler.has_work
+
+    def _record(self, batch: Batch, sampled: Sampled) -> list[Request]:
+        receivers = self._scheduler.accept(batch, sampled.tokens)
+        if sampled.log_probs is not None:
+            for request, log_prob in zip(receivers, sampled.log_probs, strict=True):
+                request.log_probs.append(log_prob)
+        for request in receivers:
+            text = self._texts.get(request.id)
+            matched = text is not None and text.push(request)
+            reason = FinishReason.STOP_STRING if matched else request.stop_reason()
+            if reason:
+                if text:
+                    text.finish(request)
+                    del self._texts[request.id]
+                self._scheduler.finish(request, reason)
+        return receivers
+
+    def _enqueue(self, request: Request, with_text: bool) -> None:
+        self._scheduler.submit(request)
+        if with_text or request.sampling.stop_strings:
+            assert self.tokenizer is not None, "_make_request() and the callers of with_text check this"
+            self._texts[request.id] = _OutputText(self.tokenizer, request.sampling.stop_strings)
+
+    def _make_request(self, prompt_ids: Prompt, sampling: Sampling, name: str) -> Request:
+        """A request that this engine can serve; else a ValueError that begins with `name`."""
+        ids = read_prompt(prompt_ids, name)
+        limits, vocab_size = self.limits, self.config.vocab_size
+        if not ids:
+            raise ValueError(f"{name} is empty, expected at least one token")
+        if min(ids) < 0 or max(ids) >= vocab_size:
+            wrong = min(ids) if min(ids) < 0 else max(ids)
+            raise ValueError(f"{name} holds token id {wrong}, expected 0 to {vocab_size - 1} (vocab_size - 1)")
+        if len(ids) > limits.max_input_len:
+            raise ValueError(f"{name} has {len(ids)} tokens, expected at most {limits.max_input_len} (max_input_len)")
+        if len(ids) + sampling.max_new_tokens > limits.max_seq_len:
+            raise ValueError(
+                f"{name} has {len(ids)} tokens, with max_new_tokens {sampling.max_new_tokens} that makes "
+                f"{len(ids) + sampling.max_new_tokens}, expected at most {limits.max_seq_len} "
+                f"(max_input_len + max_output_len)"
+            )
+        if sampling.stop_strings and self.tokenizer is None:
+            raise ValueError(f"stop_strings are {list(sampling.stop_strings)!r}, but there is no tokenizer; give one")
+        sampling.check_vocabulary(vocab_size)
+        return Request(next(self._ids), ids, sampling)
+
+    def _make_requests(self, prompts: Sequence[Prompt], sampling: SamplingConfig) -> list[Request]:
+        if not len(prompts):
+            raise ValueError("the batch has 0 prompts, expected at least one")
+        return [
+            self._make_request(prompt, sampling.for_sequence(position, len(prompts)), f"prompt {position}")
+            for position, prompt in enumerate(prompts)
+        ]
+
+    def _run(self, requests: list[Request], with_text: bool) -> Iterator[list[Request]]:
+        """Serve `requests` to their ends, giving the receivers of each step. Left early, it cancels the others."""
+        try:
+            for request in requests:
+                self._enqueue(request, with_text)
+            while not all(request.is_finished for request in requests):
+                yield self.step()
+        finally:
+            for request in requests:
+                self.cancel(request)
+            if not self.has_work:
+                self._allocator.check_balanced()
+
+    # The interface of 0.7.1
+
+    def setup(self, batch_size: int, max_context_length: int, max_new_tokens: int, beam_width: int = 1) -> None:
+        """State the shape of the calls of `decode` that follow. Nothing is allocated: the session has its memory."""
+        if beam_width != 1:
+            raise ValueError(f"beam_width is {beam_width}, expected 1: beam search is not supported")
+        if min(batch_size, max_context_length, max_new_tokens) < 1:
+            raise ValueError(
+                f"batch_size is {batch_size}, max_context_length {max_context_length}, max_new_tokens "
+                f"{max_new_tokens}, expected at least 1 of each"
+            )
+        if max_context_length > self.limits.max_input_len:
+            raise ValueError(
+                f"max_context_length is {max_context_length}, expected at most {self.limits.max_input_len} "
+                f"(max_input_len)"
+            )
+        if max_context_length + max_new_tokens > self.limits.max_seq_len:
+            raise ValueError(
+                f"max_context_length + max_new_tokens is {max_context_length + max_new_tokens}, expected at most "
+                f"{self.limits.max_seq_len} (max_input_len + max_output_len)"
+            )
+        self._setup = _Setup(batch_size, max_context_length, max_new_tokens)
+
+    def decode(
+        self,
+        input_ids: torch.Tensor,
+        context_lengths: torch.Tensor | Sequence[int],
+        sampling_config: SamplingConfig,
+        *,
+        stop_words_list: Sequence[Sequence[int]] | None = None,
+        bad_words_list: Sequence[Sequence[int]] | None = None,
+        streaming: bool = False,
+        output_sequence_lengths: bool = False,
+        return_dict: bool = False,
+    ) -> Any:
+        """Continue prompts that come right-padded [batch, longest] or packed [1, tokens] or [tokens].
+
+        Gives int32 output_ids [batch, 1, longest prompt + max_new_tokens] on the CPU: each prompt, its new tokens right
+        after it, then end_id (or pad_id). `return_dict` gives a dict with more (see `DecodeOutput`), `streaming` a
+        generator of the same after every step. max_new_tokens is that of `setup`, if it was called.
+        """
+        prompts = split_prompts(input_ids, context_lengths)
+        if self._setup:
+            found = (len(prompts), max(map(len, prompts)))
+            if found != self._setup[:2]:
+                raise ValueError(
+                    f"decode got {found[0]} prompts of at most {found[1]} tokens, but setup was called for "
+                    f"{self._setup.batch_size} of at most {self._setup.max_context_length}; call setup again"
+                )
+            sampling_config = replace(sampling_config, max_new_tokens=self._setup.max_new_tokens)
+        return self.decode_batch(
+            prompts,
+            sampling_config,
+            stop_words_list=stop_words_list,
+            bad_words_list=bad_words_list,
+            streaming=streaming,
+            output_sequence_lengths=output_sequence_lengths,
+            return_dict=return_dict,
+        )
+
+    def decode_batch(
+        self,
+        input_ids: Sequence[Prompt],
+        sampling_config: SamplingConfig,
+        *,
+        stop_words_list: Sequence[Sequence[int]] | None = None,
+        bad_words_list: Sequence[Sequence[int]] | None = None,
+        streaming: bool = False,
+        output_sequence_lengths: bool = False,
+        return_dict: bool = False,
+    ) -> Any:
+        """`decode` for a list of prompts. What is asked for here or in `sampling_config` is given."""
+        config = replace(
+            sampling_config,
+            stop_words_list=sampling_config.stop_words_list if stop_words_list is None else stop_words_list,
+            bad_words_list=sampling_config.bad_words_list if bad_words_list is None else bad_words_list,
+            return_dict=sampling_config.return_dict or return_dict,
+            output_sequence_lengths=sampling_config.output_sequence_lengths or output_sequence_lengths,
+        )
+        requests = self._make_requests(input_ids, config)
+        output = DecodeOutput(requests, config, has_texts=self.tokenizer is not None)
+        steps = self._run(requests, with_text=output.is_dict and output.has_texts)
+        if streaming:
+            return (output.current() for _ in steps)
+        for _ in steps:
+            pass
+        return output.current()
+
+    # Text and tokens as they come
+
+    def stream(self, prompts: Sequence[Prompt], sampling: SamplingConfig) -> Iterator[NewToken]:
+        """The new tokens of all prompts as they come, with text if there is a tokenizer. Leaving it early cancels."""
+        return self._stream(self._make_requests(prompts, sampling))
+
+    def _stream(self, requests: list[Request]) -> Iterator[NewToken]:
+        position_of = {request.id: position for position, request in enumerate(requests)}
+        shown = [0] * len(requests)
+        for receivers in self._run(requests, with_text=self.tokenizer is not None):
+            for request in receivers:
+                position = position_of.get(request.id)
+                if position is not None:  # somebody may have submitted others meanwhile
+                    text = request.text[shown[position] :]
+                    shown[position] = len(request.text)
+                    yield NewToken(position, request.token_ids[-1], text, request.finish_reason)
+
+    def stream_text(self, prompt_ids: Prompt, sampling: SamplingConfig) -> Iterator[str]:
+        """The answer to one prompt in pieces of whole characters. Leaving it early cancels."""
+        if self.tokenizer is None:
+            raise ValueError("stream_text needs a tokenizer, but there is none; give one")
+        return (token.text for token in self.stream([prompt_ids], sampling) if token.text)
+
+
+class _OutputText:
+    """Follows the text of one request: whole characters, nothing for the id that ends it, cut at a stop string."""
+
+    def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str]) -> None:
+        self._stream = TextStream(tokenizer)
+        self._matcher = StopStringMatcher(stop_strings)
+        self._vocab_size = tokenizer.vocab_size
+
+    def push(self, request: Request) -> bool:
+        """Add the newest token's text to `request.text`; return whether a stop string is complete."""
+        token = request.token_ids[-1]
+        # An engine's vocabulary may have more ids than its tokenizer has tokens.
+        has_text = token < self._vocab_size and token not in request.sampling.end_ids
+        text = self._stream.push([token]) if has_text else ""
+        matched = False
+        if request.num_output >= request.sampling.min_length:
+            text, matched = self._matcher.push(text)
+        request.text += text
+        return matched
+
+    def finish(self, request: Request) -> None:
+        text, _ = self._matcher.push(self._stream.flush())
+        request.text += text + self._matcher.flush()
+
+
+def _rows_of_receivers(batch: Batch, logits: torch.Tensor) -> torch.Tensor:
+    """The rows that choose tokens, one per receiver. Requests that collect logits get copies of theirs on the host."""
+    if not any(row.request.sampling.gathers_logits for row in batch.rows):
+        return logits
+    chosen: list[int] = []
+    end = 0
+    for row in batch.rows:
+        start, end = end, end + row.num_logits
+        request = row.request
+        if request.collects_context_logits:
+            request.context_logits.append(_copy_to_host(logits[start:end]))
+        if row.gives_token:
+            chosen.append(end - 1)
+            if request.sampling.gather_generation_logits:
+                request.generation_logits.append(_copy_to_host(logits[end - 1]))
+    return logits[chosen]
+
+
+def _copy_to_host(logits: torch.Tensor) -> torch.Tensor:
+    # Always a copy: the session writes the next step's logits over these.
+    return logits.to("cpu", copy=True)

@@ -1,0 +1,141 @@
+"""Which sequences a step computes, and how much of each.
+
+Sequences run in the order of their arrival. A step holds the next token of every running sequence, then as many prompt
+tokens as the budget allows; a long prompt is cut into chunks over several steps. A sequence enters when there is a
+place in the batch and there are blocks for all its tokens, and takes further blocks as it grows. When none is left, the
+youngest running sequence gives all of its blocks back and waits in front of the queue; later it is computed again from
+its prompt and its output, so it loses time but no token. Knows no tensors, no text, and not why a sequence ends.
+"""
+
+from collections import deque
+
+from ..limits import Limits
+from .batch import Batch, Row
+from .kv_cache import BlockAllocator
+from .request import FinishReason, Request, State
+
+
+class Scheduler:
+    def __init__(self, limits: Limits, allocator: BlockAllocator) -> None:
+        self.limits = limits
+        self.allocator = allocator
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []  # by arrival, the youngest last
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.running or self.waiting)
+
+    def submit(self, request: Request) -> None:
+        """Put a request at the end of the queue; one that the whole cache could not hold is a ValueError."""
+        needed = self._blocks_at_most(request)
+        if needed > self.allocator.capacity:
+            raise ValueError(
+                f"a prompt of {request.context_length} tokens with max_new_tokens {request.sampling.max_new_tokens} "
+                f"needs {needed} KV blocks of {self.limits.tokens_per_block} tokens, but the cache has "
+                f"{self.allocator.capacity}; give the session more KV cache or ask for fewer tokens"
+            )
+        self.waiting.append(request)
+
+    def next_batch(self) -> Batch:
+        """Choose the rows of the next step. No rows: nothing waits and nothing runs."""
+        self._grow_running()
+        contexts: list[Row] = []
+        decodes: list[Row] = []
+        unfinished: list[Request] = []
+        for request in self.running:
+            start = request.num_cached
+            if len(request.token_ids) - start > 1:
+                unfinished.append(request)
+            else:
+                rows = contexts if start < request.context_length else decodes
+                rows.append(Row(request, start, 1, 1))
+        budget = self.limits.max_num_tokens - len(contexts) - len(decodes)
+        for request in unfinished:
+            budget -= _add_chunk(contexts, request, budget)
+        while budget > 0 and (admitted := self._admit_next()):
+            budget -= _add_chunk(contexts, admitted, budget)
+        return Batch(tuple(contexts + decodes))
+
+    def accept(self, batch: Batch, tokens: list[int]) -> list[Request]:
+        """Record that `batch` was computed and gave `tokens`; return the requests that got one, in the same order."""
+        receivers = batch.receivers
+        for row in batch.rows:
+            row.request.num_cached += row.length
+        for request, token in zip(receivers, tokens, strict=True):
+            request.token_ids.append(token)
+        return receivers
+
+    def finish(self, request: Request, reason: FinishReason) -> None:
+        """End a running request; its blocks are free at once."""
+        self.running.remove(request)
+        self._release_blocks(request)
+        request.state, request.finish_reason = State.FINISHED, reason
+
+    def cancel(self, request: Request) -> None:
+        """End a request wherever it is. Nothing happens to a finished one."""
+        if request.state is State.WAITING:
+            self.waiting.remove(request)
+            request.state, request.finish_reason = State.FINISHED, FinishReason.CANCELLED
+        elif request.state is State.RUNNING:
+            self.finish(request, FinishReason.CANCELLED)
+
+    def _grow_running(self) -> None:
+        """Give every running sequence the block that its newest token needs, the oldest first."""
+        position = 0
+        while position < len(self.running):
+            request = self.running[position]
+            if len(request.token_ids) > len(request.blocks) * self.limits.tokens_per_block:
+                if not self.allocator.num_free:
+                    self._preempt_youngest()
+                    continue
+                request.blocks += self.allocator.allocate(1)
+            position += 1
+
+    def _preempt_youngest(self) -> None:
+        # submit() refused what does not fit alone, so someone else holds blocks.
+        assert len(self.running) > 1, "one sequence needs more blocks than there are"
+        request = self.running.pop()
+        self._release_blocks(request)
+        request.num_cached = 0
+        if request.collects_context_logits:
+            request.context_logits.clear()
+        request.state = State.WAITING
+        self.waiting.appendleft(request)
+
+    def _admit_next(self) -> Request | None:
+        """Let the first waiting request run, if there is room. Nobody overtakes it, or it might wait for ever."""
+        if not self.waiting or len(self.running) == self.limits.max_batch_size:
+            return None
+        request = self.waiting[0]
+        needed = self._blocks_for(len(request.token_ids))
+        # One block in reserve for every running sequence that will grow, or the newcomer would soon be preempted.
+        reserved = sum(len(running.blocks) < self._blocks_at_most(running) for running in self.running)
+        if needed + reserved > self.allocator.num_free:
+            return None
+        self.waiting.popleft()
+        request.blocks = self.allocator.allocate(needed)
+        request.state = State.RUNNING
+        self.running.append(request)
+        return request
+
+    def _release_blocks(self, request: Request) -> None:
+        self.allocator.free(request.blocks)
+        request.blocks = []
+
+    def _blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.limits.tokens_per_block)
+
+    def _blocks_at_most(self, request: Request) -> int:
+        # The last new token is never an input, so it is not cached.
+        return self._blocks_for(request.context_length + request.sampling.max_new_tokens - 1)
+
+
+def _add_chunk(contexts: list[Row], request: Request, budget: int) -> int:
+    """Add as much of an unfinished sequence as the budget allows; return the tokens added."""
+    start = request.num_cached
+    length = min(len(request.token_ids) - start, budget)
+    if length > 0:
+        num_logits = int(start + length == len(request.token_ids))
+        contexts.append(Row(request, start, length, length if request.collects_context_logits else num_logits))
+    return length

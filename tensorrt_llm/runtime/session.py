@@ -1,0 +1,149 @@
+"""An engine on a device: weights, KV pools, and one step of a batch at a time.
+
+Knows what a step reads and writes; which sequences take part, and which tokens follow, is decided elsewhere.
+"""
+
+import logging
+from collections.abc import Collection
+from pathlib import Path
+
+import torch
+
+from ..dtype import itemsize, torch_dtype
+from ..engine import Engine
+from ..kernels import kernels_for, reference_kernels
+from .batch import Batch
+from .decode_graphs import DecodeGraphs
+from .executor import Executor
+from .step_inputs import StepInputs, pack
+
+logger = logging.getLogger(__name__)
+
+# Of the memory that is free once the weights are there; the rest is for activations and for others.
+_KV_SHARE = {"cuda": 0.9, "cpu": 0.5}
+
+
+def pick_device(name: str | None = None) -> torch.device:
+    """The device called `name`, by default CUDA when there is one."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device is {name!r}, expected cpu or cuda") from None
+    if device.type not in _KV_SHARE:
+        raise ValueError(f"device is {name!r}, expected cpu or cuda")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is cuda, but this machine has no CUDA device that torch can use; expected cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device is {name}, but there are {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+class Session:
+    """`run(batch)` computes one step. With `reference` it is interpreted in float32, the yardstick of debug runs."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        device: torch.device | str | None = None,
+        *,
+        kv_cache_tokens: int | None = None,
+        reference: bool = False,
+        use_cuda_graphs: bool = True,
+    ) -> None:
+        self.config = engine.config
+        self.plan = engine.plan
+        self.device = device if isinstance(device, torch.device) else pick_device(device)
+        if self.config.world_size > 1:
+            raise ValueError(
+                f"{self.config.engine_name} is one of {self.config.world_size} ranks; "
+                f"running several ranks is not supported yet, build with --world_size 1"
+            )
+        if self.device.type == "cuda":
+            _forbid_reduced_precision()
+        kernels = reference_kernels() if reference else kernels_for(self.device)
+        self._executor = Executor(engine.plan, engine.weights, kernels, self.device, float32=reference)
+        self._kv_dtype = "float32" if reference else self.config.precision
+        self.num_blocks = self._count_blocks(kv_cache_tokens)
+        self._pools = self._allocate_pools()
+        self._graphs: DecodeGraphs | None = None
+        if self.device.type == "cuda" and use_cuda_graphs and not reference:
+            self._graphs = DecodeGraphs(self._run_step, self.config.limits, self.device)
+
+    @torch.inference_mode()
+    def run(self, batch: Batch) -> torch.Tensor:
+        """float32 logits [batch.num_logits, vocab_size] on the device, in row order; valid until the next run."""
+        if self._graphs and batch.num_contexts == 0 and batch.num_logits == len(batch.rows):
+            return self._graphs.logits(batch)[:, : self.config.vocab_size]
+        return self._run_step(pack(batch, self.device))[:, : self.config.vocab_size]
+
+    @torch.inference_mode()
+    def run_marked(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """One step that keeps every marked tensor: debug name -> value, in the order of the network."""
+        made = self._execute(pack(batch, self.device), keep=set(self.plan.marks.values()))
+        return {name: made[tensor] for name, tensor in self.plan.marks.items() if tensor in made}
+
+    def _run_step(self, inputs: StepInputs) -> torch.Tensor:
+        return self._execute(inputs)["logits"]
+
+    def _execute(self, inputs: StepInputs, keep: Collection[str] = ()) -> dict[str, torch.Tensor]:
+        return self._executor.run(inputs.tensors | self._pools, inputs.shape, keep)
+
+    def _allocate_pools(self) -> dict[str, torch.Tensor]:
+        config = self.config
+        shape = (self.num_blocks, 2, config.num_kv_heads_per_rank, config.limits.tokens_per_block, config.head_size)
+        return {
+            # Zeros cost nothing on the CPU, where untouched pages are never made.
+            f"past_key_value_{layer}": torch.zeros(shape, dtype=torch_dtype(self._kv_dtype), device=self.device)
+            for layer in range(config.num_layers)
+        }
+
+    def _count_blocks(self, kv_cache_tokens: int | None) -> int:
+        """Blocks of the pools with scratch block 0: as asked for, else what a full batch uses or memory holds."""
+        limits = self.config.limits
+        if kv_cache_tokens is not None:
+            if kv_cache_tokens < 1:
+                raise ValueError(f"kv_cache_tokens is {kv_cache_tokens}, expected at least 1")
+            return 1 - (-kv_cache_tokens // limits.tokens_per_block)
+        wanted = 1 + limits.max_batch_size * limits.max_blocks_per_seq
+        bytes_per_token = self.config.kv_bytes_per_token // itemsize(self.config.precision) * itemsize(self._kv_dtype)
+        free = _free_bytes(self.device) - self._activation_bytes()
+        affordable = int(max(free, 0) * _KV_SHARE[self.device.type]) // (bytes_per_token * limits.tokens_per_block)
+        if affordable < 2:
+            raise ValueError(
+                f"no memory for the KV cache on {self.device}: {free / 2**30:.2f} GiB are left after weights and "
+                f"activations, a block of {limits.tokens_per_block} tokens takes "
+                f"{bytes_per_token * limits.tokens_per_block / 2**30:.3f} GiB"
+            )
+        if affordable < wanted:
+            logger.info(
+                "KV cache holds %d tokens, a full batch of the longest sequences would use %d: requests may wait",
+                (affordable - 1) * limits.tokens_per_block,
+                (wanted - 1) * limits.tokens_per_block,
+            )
+        return min(wanted, affordable)
+
+    def _activation_bytes(self) -> int:
+        """An upper estimate of what one step holds besides weights and cache."""
+        config, limits = self.config, self.config.limits
+        per_token = 4 * (6 * config.hidden_size + 4 * config.inter_size)
+        return limits.max_num_tokens * per_token + 4 * 4 * limits.max_batch_size * config.vocab_size
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)[0]
+    # What the kernel can free counts too: after a build the page cache holds most of the memory.
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("/proc/meminfo has no MemAvailable; give kv_cache_tokens")
+
+
+def _forbid_reduced_precision() -> None:
+    """Sums of matmuls stay float32; torch lets cuBLAS round partial sums of 16-bit matmuls by default."""
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_tf32 = False

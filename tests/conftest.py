@@ -1,0 +1,1 @@
+"""Being here puts tests/ on the import path: any test may import checkpoints.py."""

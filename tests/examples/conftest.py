@@ -1,0 +1,24 @@
+"""Makes the scripts of examples/qwen importable; gives them a tokenizer of single bytes, as lengths are easy to count."""
+
+import base64
+import sys
+from pathlib import Path
+
+import pytest
+
+from tensorrt_llm.tokenizer import Tokenizer, load_tokenizer
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "qwen"))
+
+
+@pytest.fixture
+def tokenizer_dir(tmp_path: Path) -> Path:
+    """A Qwen-1 tokenizer without merges: one id per byte, <|endoftext|> 256, <|im_start|> 257, <|im_end|> 258."""
+    lines = (f"{base64.b64encode(bytes([value])).decode()} {value}\n" for value in range(256))
+    (tmp_path / "qwen.tiktoken").write_text("".join(lines))
+    return tmp_path
+
+
+@pytest.fixture
+def tokenizer(tokenizer_dir: Path) -> Tokenizer:
+    return load_tokenizer(tokenizer_dir)

@@ -1,0 +1,42 @@
+"""Where the Triton kernels run: on the GPU when there is one, else on CPU tensors through Triton's interpreter."""
+
+import importlib.util
+import os
+import random
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # The switch is read when triton decorates its own functions, so it must be set before anyone imports triton.
+    assert "triton" not in sys.modules or os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1 earlier"
+    os.environ["TRITON_INTERPRET"] = "1"
+    if importlib.util.find_spec("triton") is not None:
+        from triton.runtime import interpreter
+
+        patch_tensor = interpreter._patch_lang_tensor
+
+        def patch_tensor_index(tensor: type, scope: Any) -> None:
+            """Triton 3.6 keeps scalars as arrays of one element, which numpy >= 2.4 refuses to turn into an int."""
+            patch_tensor(tensor, scope)
+            scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+        interpreter._patch_lang_tensor = patch_tensor_index
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return DEVICE
+
+
+@pytest.fixture(autouse=True)
+def fresh_inputs() -> None:
+    """New random inputs every run; a failing test's captured output names the seed to set here."""
+    seed = random.SystemRandom().randrange(2**31)
+    print(f"seed {seed}")
+    torch.manual_seed(seed)
+    random.seed(seed)

@@ -1,0 +1,149 @@
+"""Compile, without a GPU, what the launchers would launch at Qwen-7B shapes on a Hopper GPU; print the facts as JSON.
+
+Run as a program in a process without TRITON_INTERPRET: the launchers get tensors on the meta device, and in the place
+of each kernel stands a recorder that compiles the call instead of launching it. Prints
+{case: {kernel: {"registers": n, "spills": bytes, "shared": bytes, "opcodes": {opcode: count}}}}.
+"""
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from tensorrt_llm.kernels import StepShape
+from tensorrt_llm.kernels.cuda import add_rms_norm, gpt_attention
+from tensorrt_llm.kernels.cuda.gated_mlp import silu_mul
+
+HOPPER = GPUTarget("cuda", 90, 32)
+POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32"}
+KERNELS = (
+    ("norm", "_rms_norm"),
+    ("gated_mlp", "_silu_mul"),
+    ("rope_kv", "_rope_kv"),
+    ("decode_attention", "_decode_one_head"),
+    ("decode_attention", "_decode_grouped_heads"),
+    ("decode_attention", "_combine_splits"),
+    ("prefill_attention", "_prefill"),
+)
+OPTIONS = ("num_warps", "num_stages")
+NVDISASM = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "nvdisasm")
+
+
+class Recorder:
+    """Stands for a kernel: kernel[grid](...) compiles for Hopper with the specialisations the JIT would choose."""
+
+    def __init__(self, kernel: Any, facts: dict[str, Any]) -> None:
+        self.kernel, self.facts = kernel, facts
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return self.compile
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
+        values = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
+        signature: dict[str, str] = {}
+        constants: dict[tuple[int, ...], Any] = {}
+        attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+        for index, parameter in enumerate(self.kernel.params):
+            value = values[parameter.name]
+            is_specialized = not parameter.do_not_specialize
+            if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and is_specialized):
+                signature[parameter.name], constants[(index,)] = "constexpr", value
+                continue
+            if isinstance(value, torch.Tensor):
+                signature[parameter.name] = POINTERS[value.dtype]
+            else:
+                is_wide = abs(value) >= 2**31
+                signature[parameter.name] = "fp32" if isinstance(value, float) else "i64" if is_wide else "i32"
+            if isinstance(value, torch.Tensor) or (type(value) is int and value % 16 == 0 and is_specialized):
+                attributes[(index,)] = [["tt.divisibility", 16]]
+        source = ASTSource(self.kernel, signature, constants, attributes)
+        self.facts[self.kernel.__name__] = read_sass(triton.compile(source, target=HOPPER, options=options))
+
+
+def read_sass(compiled: Any) -> dict[str, Any]:
+    """What the machine code does: registers, spilled bytes, shared memory, and how often each opcode occurs."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        text = subprocess.run([NVDISASM, "-c", cubin.name], check=True, capture_output=True, text=True).stdout
+        usage = subprocess.run(
+            [NVDISASM.replace("nvdisasm", "cuobjdump"), "-res-usage", cubin.name], capture_output=True, text=True
+        )
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr).groups()
+    opcodes = Counter(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", text, re.MULTILINE))
+    return {
+        "registers": int(registers),
+        "stack": int(stack),
+        "shared": compiled.metadata.shared,
+        "opcodes": dict(opcodes),
+    }
+
+
+@contextmanager
+def recording() -> Iterator[dict[str, Any]]:
+    """Put recorders in the place of the kernels; yield what they write to."""
+    facts: dict[str, Any] = {}
+    replaced = []
+    for file, name in KERNELS:
+        module = importlib.import_module(f"tensorrt_llm.kernels.cuda.{file}")
+        replaced.append((module, name, getattr(module, name)))
+    for module, name, kernel in replaced:
+        setattr(module, name, Recorder(kernel, facts))
+    yield facts
+    for module, name, kernel in replaced:
+        setattr(module, name, kernel)
+
+
+def attend(dtype: torch.dtype, step: StepShape, heads: int, kv_heads: int) -> None:
+    """One gpt_attention call with heads of 128, a pool of more than 2^31 elements, and NTK and log-n on."""
+
+    def ints(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.int32, device="meta")
+
+    batch, tokens = step.batch_size, step.num_tokens
+    gpt_attention(
+        torch.empty((tokens, (heads + 2 * kv_heads) * 128), dtype=dtype, device="meta"),
+        torch.empty((8192, 2, kv_heads, 64, 128), dtype=dtype, device="meta"),
+        ints(tokens), ints(batch + 1), ints(batch), ints(batch), ints(batch, 128),
+        step=step, num_heads=heads, num_kv_heads=kv_heads, head_size=128, rotary_base=10000.0, rotary_dim=128,
+        ntk_length=2048, logn_length=2048,
+    )  # fmt: skip
+
+
+def compile_all() -> dict[str, Any]:
+    cases: dict[str, Any] = {}
+    prefill = StepShape(4096, 2, 2, 4096, 2048, 2048)
+    decode = StepShape(4, 4, 0, 0, 1, 2048)
+    short_decode = StepShape(1, 1, 0, 0, 1, 128)
+    for name, dtype in (("float16", torch.float16), ("bfloat16", torch.bfloat16), ("float32", torch.float32)):
+        for case, step, heads, kv_heads in (
+            ("prefill", prefill, 32, 32),
+            ("decode", decode, 32, 32),
+            ("short_decode", short_decode, 32, 32),
+            ("grouped_decode", decode, 28, 4),
+        ):
+            with recording() as cases[f"{case}_{name}"]:
+                attend(dtype, step, heads, kv_heads)
+        with recording() as cases[f"dense_{name}"]:
+            x = torch.empty((4, 4096), device="meta")
+            y, weight = x.to(dtype), torch.empty(4096, dtype=dtype, device="meta")
+            add_rms_norm(x, y, weight, eps=1e-6, dtype=name)
+            silu_mul(torch.empty((4, 2 * 11008), dtype=dtype, device="meta"), dtype=name)
+    return cases
+
+
+if __name__ == "__main__":
+    json.dump(compile_all(), sys.stdout)

@@ -1,0 +1,284 @@
+"""gpt_attention's launcher against the reference in float64: packed steps over a pool whose unwritten slots are NaN.
+
+A sequence is written (cached, new, prompt): tokens in the pool before the step, tokens that the step brings, and the
+prompt length that fixes its NTK alpha. Contexts come first, decodes (new == 1) after them.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the CUDA kernels need triton")
+
+from tensorrt_llm.kernels import StepShape, reference
+from tensorrt_llm.kernels.cuda import gpt_attention
+
+ON_GPU = torch.cuda.is_available()
+
+
+@pytest.fixture(autouse=True)
+def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch.empty returns is NaN, so an element that a kernel forgets is seen."""
+    for name in ("empty", "empty_like"):
+
+        def poisoned(*args: Any, make: Any = getattr(torch, name), **kwargs: Any) -> torch.Tensor:
+            tensor = make(*args, **kwargs)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+        monkeypatch.setattr(torch, name, poisoned)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One step: the arguments of gpt_attention and the pool as it was before."""
+
+    qkv: torch.Tensor
+    pool: torch.Tensor
+    position_ids: torch.Tensor
+    query_starts: torch.Tensor
+    sequence_length: torch.Tensor
+    context_lengths: torch.Tensor
+    block_tables: torch.Tensor
+    attributes: dict[str, Any]
+
+    def run(self, attention: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """(output, pool afterwards)."""
+        pool = self.pool.clone()
+        tables = (self.position_ids, self.query_starts, self.sequence_length, self.context_lengths, self.block_tables)
+        return attention(self.qkv, pool, *tables, **self.attributes), pool
+
+    def exact(self) -> torch.Tensor:
+        """The reference's output in float64; it multiplies unwritten slots by zero, so these hold zeros for it."""
+        return replace(self, qkv=self.qkv.double(), pool=self.pool.double().nan_to_num()).run(reference.gpt_attention)[0]
+
+    def tolerance(self) -> float:
+        """How far a right kernel may be off.
+
+        In the pool's dtype are rounded: q and k, seen through scores of unit size (4 sigma), probabilities, output.
+        In float32: a score's terms, the running sums, exp2. All of it scales with the largest value.
+        """
+        dtype = self.pool.dtype
+        is_cut = dtype == torch.bfloat16 and not ON_GPU  # Triton's interpreter rounds bfloat16 towards zero
+        narrow, single = torch.finfo(dtype).eps / (1 if is_cut else 2), torch.finfo(torch.float32).eps / 2
+        terms = self.attributes["head_size"] + self.attributes["step"].max_sequence_length
+        return 5.0 * (6 * narrow + (16 + math.sqrt(terms)) * single)
+
+
+def make_case(
+    contexts: Sequence[tuple[int, int, int]],
+    decodes: Sequence[tuple[int, int, int]],
+    *,
+    device: torch.device,
+    heads: tuple[int, int] = (2, 2),
+    head_size: int = 64,
+    tokens_per_block: int = 16,
+    dtype: torch.dtype = torch.float32,
+    **attributes: Any,
+) -> Case:
+    """Random queries, keys and values of unit size; blocks are owned in random order, block 0 by none."""
+    sequences = (*contexts, *decodes)
+    num_heads, num_kv_heads = heads
+    owned = [math.ceil((cached + new) / tokens_per_block) for cached, new, _ in sequences]
+    ids = (torch.randperm(sum(owned)) + 1).split(owned)
+    block_tables = torch.zeros(len(sequences), max(owned), dtype=torch.int32)
+    pool = torch.full((sum(owned) + 1, 2, num_kv_heads, tokens_per_block, head_size), float("nan"), dtype=dtype)
+    for row, blocks, (cached, _, _) in zip(block_tables, ids, sequences, strict=True):
+        row[: len(blocks)] = blocks
+        slots = torch.arange(cached)
+        pool[blocks[slots // tokens_per_block], :, :, slots % tokens_per_block] = torch.randn(
+            cached, 2, num_kv_heads, head_size
+        ).to(dtype)
+    new = [new for _, new, _ in sequences]
+
+    def ints(values: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=device)
+
+    totals = [cached + new for cached, new, _ in sequences]
+    num_context_tokens = sum(new for _, new, _ in contexts)
+    return Case(
+        qkv=torch.randn(sum(new), (num_heads + 2 * num_kv_heads) * head_size, device=device).to(dtype),
+        pool=pool.to(device),
+        position_ids=ints([position for cached, new, _ in sequences for position in range(cached, cached + new)]),
+        query_starts=ints([sum(new[:count]) for count in range(len(new) + 1)]),
+        sequence_length=ints(totals),
+        context_lengths=ints([prompt for _, _, prompt in sequences]),
+        block_tables=block_tables.to(device),
+        attributes=dict(
+            step=StepShape(sum(new), len(new), len(contexts), num_context_tokens, max(new), max(totals)),
+            num_heads=num_heads, num_kv_heads=num_kv_heads, head_size=head_size,
+            **(dict(rotary_base=10000.0, rotary_dim=head_size, ntk_length=0, logn_length=0) | attributes),
+        ),
+    )  # fmt: skip
+
+
+def assert_matches_reference(case: Case) -> None:
+    wanted = case.exact()
+    torch.testing.assert_close(case.run(gpt_attention)[0].double(), wanted, rtol=0, atol=case.tolerance())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("heads", "head_size", "tokens_per_block"), [((3, 3), 80, 16), ((4, 2), 64, 16), ((4, 1), 128, 64), ((7, 1), 96, 24)]
+)
+def test_a_mixed_step_matches_the_reference(
+    device: torch.device, heads: tuple[int, int], head_size: int, tokens_per_block: int, dtype: torch.dtype
+) -> None:
+    contexts = [(0, 1, 9), (21, 37, 58), (0, 3, 3)]  # an unfinished prompt, a cached prefix, a whole prompt
+    decodes = [(0, 1, 1), (127, 1, 9), (128, 1, 100), (290, 1, 290)]
+    assert_matches_reference(
+        make_case(
+            contexts, decodes, device=device, heads=heads, head_size=head_size, tokens_per_block=tokens_per_block,
+            dtype=dtype, q_scaling=1.25, ntk_length=32, logn_length=32,
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (2, 1)])
+@pytest.mark.parametrize("context", [(0, 127), (0, 129), (64, 64), (63, 66), (130, 17)])
+def test_prompts_around_tile_borders(device: torch.device, heads: tuple[int, int], context: tuple[int, int]) -> None:
+    cached, new = context
+    assert_matches_reference(make_case([(cached, new, cached + new)], [], device=device, heads=heads))
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (2, 1)])
+def test_decodes_around_block_and_split_borders(device: torch.device, heads: tuple[int, int]) -> None:
+    borders = [(length - 1, 1, 1) for length in (7, 8, 9, 127, 128, 129, 255, 256, 257, 512, 513)]
+    assert_matches_reference(make_case([], borders, device=device, heads=heads, tokens_per_block=8))
+
+
+@pytest.mark.parametrize("rules", [{"ntk_length": 16}, {"logn_length": 16}, {"ntk_length": 16, "logn_length": 16}], ids=str)
+def test_long_context_rules_around_the_trained_length(device: torch.device, rules: dict[str, int]) -> None:
+    lengths = [15, 16, 17, 32, 33, 64, 65]  # around S, 2 S and 4 S, where alpha steps
+    contexts = [(0, length, length) for length in lengths]
+    decodes = [(length + age, 1, length) for length in lengths for age in (0, 20)]  # alpha stays that of the prompt
+    assert_matches_reference(make_case(contexts, decodes, device=device, heads=(1, 1), **rules))
+
+
+def test_alpha_steps_exactly_at_large_powers_of_two(device: torch.device) -> None:
+    lengths = [2048 * 2**power + more for power in range(5) for more in (0, 1)]
+    case = make_case([], [(40, 1, length) for length in lengths], device=device, heads=(1, 1), ntk_length=2048)
+    assert_matches_reference(case)
+
+
+def test_far_positions_turn_exactly(device: torch.device) -> None:
+    """A float32 angle at position 10^6 is off by 0.03; the query's first key is itself, so scores would show it."""
+    case = make_case([], [(3, 1, 4)], device=device, heads=(1, 1), rotary_base=1e6)
+    far = torch.full_like(case.position_ids, 1_000_000)
+    position, blocks = int(far), torch.zeros(1, 1_000_000 // 16 + 1, dtype=torch.int32, device=device)
+    _, pool = replace(case, position_ids=far, block_tables=blocks).run(gpt_attention)
+    key = case.qkv[:, 64:128].view(1, 1, 64).double()
+    angles = reference.rope_angles(far, rotary_base=1e6, rotary_dim=64, alpha=1, dtype=torch.float64)
+    torch.testing.assert_close(
+        pool[0, 0, 0, position % 16].double(), reference.rotate(key, angles)[0, 0], rtol=0, atol=4e-6
+    )
+
+
+@pytest.mark.parametrize("rotary_dim", [16, 40])
+def test_dims_beyond_rotary_dim_stay(device: torch.device, rotary_dim: int) -> None:
+    assert_matches_reference(make_case([(0, 5, 5)], [(9, 1, 3)], device=device, rotary_dim=rotary_dim))
+
+
+@pytest.mark.parametrize("heads", [(2, 2), (3, 1)])
+def test_only_the_slots_of_new_tokens_are_written(device: torch.device, heads: tuple[int, int]) -> None:
+    case = make_case([(5, 14, 19), (0, 3, 3)], [(16, 1, 8), (40, 1, 8)], device=device, heads=heads, head_size=80)
+    _, pool = case.run(gpt_attention)
+    wanted = replace(case, qkv=case.qkv.double(), pool=case.pool.double()).run(reference.gpt_attention)[1]
+    torch.testing.assert_close(pool.double(), wanted, rtol=0, atol=4e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("heads", [(2, 2), (4, 1)])
+def test_a_decode_does_not_depend_on_its_batch(device: torch.device, heads: tuple[int, int]) -> None:
+    case = make_case([(0, 9, 9)], [(99, 1, 5), (300, 1, 5), (150, 1, 5)], device=device, heads=heads)
+    together = case.run(gpt_attention)[0]
+    for row in (1, 2, 3):
+        token, length = 8 + row, int(case.sequence_length[row])
+        alone = replace(
+            case,
+            qkv=case.qkv[token : token + 1],
+            position_ids=case.position_ids[token : token + 1],
+            query_starts=torch.tensor([0, 1], dtype=torch.int32, device=device),
+            sequence_length=case.sequence_length[row : row + 1],
+            context_lengths=case.context_lengths[row : row + 1],
+            block_tables=case.block_tables[row : row + 1],
+            attributes=case.attributes | {"step": StepShape(1, 1, 0, 0, 1, length)},
+        )
+        assert torch.equal(alone.run(gpt_attention)[0][0], together[token])
+
+
+def test_a_longer_bound_on_the_step_changes_no_bit(device: torch.device) -> None:
+    """The bound decides between one split, written directly, and several, combined by a second kernel."""
+    case = make_case([], [(30, 1, 5), (100, 1, 5)], device=device)
+    step = case.attributes["step"]._replace(max_sequence_length=2000)
+    bounded = replace(case, attributes=case.attributes | {"step": step})
+    assert torch.equal(case.run(gpt_attention)[0], bounded.run(gpt_attention)[0])
+
+
+@pytest.mark.parametrize("heads", [(2, 2), (4, 1)])
+def test_padding_rows_of_a_graph_change_nothing(device: torch.device, heads: tuple[int, int]) -> None:
+    """A bucket's spare rows are decodes at position 0 of the scratch block 0."""
+    case = make_case([], [(30, 1, 5), (130, 1, 5)], device=device, heads=heads)
+    zeros, ones = (torch.full((2,), value, dtype=torch.int32, device=device) for value in (0, 1))
+    padded = replace(
+        case,
+        qkv=torch.cat((case.qkv, torch.randn_like(case.qkv))),
+        position_ids=torch.cat((case.position_ids, zeros)),
+        query_starts=torch.arange(5, dtype=torch.int32, device=device),
+        sequence_length=torch.cat((case.sequence_length, ones)),
+        context_lengths=torch.cat((case.context_lengths, ones)),
+        block_tables=torch.cat((case.block_tables, torch.zeros_like(case.block_tables))),
+        attributes=case.attributes | {"step": case.attributes["step"]._replace(num_tokens=4, batch_size=4)},
+    )
+    (output, pool), (wanted, wanted_pool) = padded.run(gpt_attention), case.run(gpt_attention)
+    assert torch.equal(output[:2], wanted)
+    assert torch.equal(pool[1:].nan_to_num(7.0), wanted_pool[1:].nan_to_num(7.0))
+
+
+@pytest.mark.skipif(not ON_GPU, reason="a pool of 5 GB is for the GPU")
+@pytest.mark.parametrize("contexts", [[(0, 70, 70)], []], ids=["prefill", "decode"])
+def test_blocks_beyond_two_billion_elements_are_reached(
+    device: torch.device, contexts: list[tuple[int, int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = make_case(contexts, [(99, 1, 5)], device=device, heads=(8, 8), head_size=128, dtype=torch.float16)
+    blocks = 2**31 // case.pool[0].numel() + len(case.pool)
+    monkeypatch.undo()
+    pool = torch.zeros(blocks, *case.pool.shape[1:], dtype=torch.float16, device=device)
+    shift = blocks - len(case.pool)
+    pool[shift:] = case.pool
+    assert torch.equal(
+        replace(case, pool=pool, block_tables=case.block_tables + shift).run(gpt_attention)[0],
+        case.run(gpt_attention)[0],
+    )
+
+
+@pytest.mark.skipif(not ON_GPU, reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("heads", [(4, 4), (4, 1)])
+def test_a_captured_step_replays_on_new_inputs(
+    device: torch.device, heads: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    first, second = (
+        make_case([], [(length, 1, 5) for length in lengths], device=device, heads=heads, dtype=torch.float16)
+        for lengths in ((300, 40), (70, 280))
+    )
+    bound = {"step": first.attributes["step"]._replace(max_sequence_length=512)}
+    names = ("qkv", "pool", "position_ids", "query_starts", "sequence_length", "context_lengths", "block_tables")
+    first, second = (replace(case, attributes=case.attributes | bound) for case in (first, second))
+    static = {name: getattr(first, name).clone() for name in names}
+    width = max(first.block_tables.shape[1], second.block_tables.shape[1])
+    static["block_tables"] = torch.zeros(2, width, dtype=torch.int32, device=device)
+    static["pool"] = torch.zeros(max(len(first.pool), len(second.pool)), *first.pool.shape[1:]).to(first.pool)
+    gpt_attention(*static.values(), **first.attributes)  # compiles outside the capture
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = gpt_attention(*static.values(), **first.attributes)
+    for case in (first, second):
+        for name in names:
+            new = getattr(case, name)
+            static[name][tuple(slice(size) for size in new.shape)] = new
+        graph.replay()
+        assert torch.equal(output, case.run(gpt_attention)[0])

@@ -1,0 +1,139 @@
+"""The norm, MLP, matmul and gather launchers against the reference in float64, on odd sizes and poisoned outputs."""
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the CUDA kernels need triton")
+
+from tensorrt_llm.dtype import torch_dtype
+from tensorrt_llm.kernels import reference
+from tensorrt_llm.kernels.cuda import (
+    add_rms_norm,
+    cuda_kernels,
+    embedding,
+    gated_mlp,
+    gather_last_token,
+    matmul,
+    rms_norm,
+)
+from tensorrt_llm.kernels.cuda.gated_mlp import prepare_gated_mlp, silu_mul
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def roundoff(dtype: str) -> float:
+    """The largest relative error of writing a real number as `dtype`; Triton's interpreter cuts bfloat16 off."""
+    is_cut = dtype == "bfloat16" and not torch.cuda.is_available()
+    return torch.finfo(torch_dtype(dtype)).eps / (1 if is_cut else 2)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch.empty returns is NaN, so an element that a kernel forgets is seen."""
+    empty = torch.empty
+
+    def poisoned_empty(*args: Any, **kwargs: Any) -> torch.Tensor:
+        tensor = empty(*args, **kwargs)
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(torch, "empty", poisoned_empty)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "hidden"), [(1, 1), (3, 100), (5, 1024), (2, 3584)])
+def test_rms_norm_is_rounded_once(device: torch.device, dtype: str, tokens: int, hidden: int) -> None:
+    x = torch.randn(tokens, hidden, device=device) * 3
+    weight = torch.randn(hidden, device=device).to(torch_dtype(dtype))
+    wanted = reference.rms_norm(x.double(), weight.double(), eps=1e-6, dtype="float32")
+    got = rms_norm(x, weight, eps=1e-6, dtype=dtype)
+    # One rounding to `dtype`; in float32 the sum of `hidden` squares and three products are inexact too.
+    tolerance = roundoff(dtype) + roundoff("float32") * (8 + hidden**0.5)
+    torch.testing.assert_close(got.float(), wanted, rtol=tolerance, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "hidden"), [(3, 100), (2, 2048)])
+def test_add_rms_norm_keeps_the_sum_in_float32(device: torch.device, dtype: str, tokens: int, hidden: int) -> None:
+    x = torch.randn(tokens, hidden, device=device) * 1e5  # beyond float16, as residual streams of Qwen are
+    y = torch.randn(tokens, hidden, device=device).to(torch_dtype(dtype))
+    weight = torch.randn(hidden, device=device).to(torch_dtype(dtype))
+    total, normed = add_rms_norm(x, y, weight, eps=1e-6, dtype=dtype)
+    wanted = reference.rms_norm((x + y.float()).double(), weight.double(), eps=1e-6, dtype="float32")
+    assert torch.equal(total, x + y.float())
+    tolerance = roundoff(dtype) + roundoff("float32") * (8 + hidden**0.5)
+    torch.testing.assert_close(normed.float(), wanted, rtol=tolerance, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "width"), [(1, 7), (3, 100), (2, 1376)])
+def test_silu_mul_is_rounded_once(device: torch.device, dtype: str, tokens: int, width: int) -> None:
+    x = (torch.randn(tokens, 2 * width, device=device) * 4).to(torch_dtype(dtype))
+    activated, linear = x.double().split(width, dim=1)
+    wanted = (activated * activated.sigmoid() * linear).float()
+    got = silu_mul(x, dtype=dtype)
+    # exp, sum, quotient and product are each off by a few units of float32.
+    torch.testing.assert_close(got.float(), wanted, rtol=roundoff(dtype) + 32 * roundoff("float32"), atol=1e-7)
+
+
+def test_silu_of_large_numbers_is_finite(device: torch.device) -> None:
+    x = torch.tensor([[-6e4, 6e4, 1.0, 1.0]], device=device).half()
+    assert silu_mul(x, dtype="float16").tolist() == [[0.0, 6e4]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gated_mlp_equals_its_two_matmuls(device: torch.device, dtype: str) -> None:
+    tokens, depth, width = 5, 96, 56
+    x, fc, gate = (
+        torch.randn(rows, depth, device=device).to(torch_dtype(dtype)) / depth**0.25 for rows in (tokens, width, width)
+    )
+    wanted = reference.gated_mlp(x.double(), fc.double(), gate.double(), dtype="float32")
+    got = gated_mlp(x, *prepare_gated_mlp(fc, gate), dtype=dtype)
+    # Both products are rounded to `dtype` before the kernel, with values up to about 4; the result once more.
+    tolerance = roundoff(dtype) * 16 + roundoff("float32") * depth
+    torch.testing.assert_close(got.float(), wanted, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize(("dtype", "out_dtype"), [(dtype, out) for dtype in DTYPES for out in (dtype, "float32")])
+def test_matmul_accumulates_in_float32(device: torch.device, dtype: str, out_dtype: str, has_bias: bool) -> None:
+    x = torch.randn(3, 257, device=device).to(torch_dtype(dtype))
+    weight = torch.randn(33, 257, device=device).to(torch_dtype(dtype)) / 16
+    bias = torch.randn(33, device=device).to(torch_dtype(dtype)) if has_bias else None
+    wanted = reference.matmul(x.double(), weight.double(), None if bias is None else bias.double(), dtype="float32")
+    got = matmul(x, weight, bias, dtype=out_dtype)
+    assert got.dtype == torch_dtype(out_dtype)
+    # Sums of 257 products of size 1/16; the result, at most about 5, is rounded once (twice when a bias is added).
+    tolerance = 2 * roundoff(out_dtype) + roundoff("float32") * 257
+    torch.testing.assert_close(got.float(), wanted, rtol=tolerance, atol=tolerance)
+
+
+def test_a_matmul_without_a_direct_kernel_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    x, weight = torch.ones(2, 8, dtype=torch.float64), torch.ones(4, 8)
+    with caplog.at_level("WARNING"):
+        matmul(x, weight, dtype="float32")
+        matmul(x, weight, dtype="float32")
+    assert [record.message for record in caplog.records] == [
+        "matmul torch.float64 x torch.float32 -> torch.float32 on cpu has no direct kernel: both are cast to float32"
+    ]
+
+
+def test_embedding_and_gather_take_int32_rows(device: torch.device) -> None:
+    table, rows = torch.randn(11, 6, device=device), torch.tensor([10, 0, 3, 3], dtype=torch.int32, device=device)
+    assert torch.equal(embedding(rows, table), table[rows.long()])
+    assert torch.equal(gather_last_token(table, rows), table[rows.long()])
+
+
+@pytest.mark.parametrize("op", sorted(cuda_kernels()))
+def test_a_launcher_has_the_signature_of_its_reference(op: str) -> None:
+    kernel = cuda_kernels()[op]
+    launcher, meaning = (inspect.signature(function).parameters for function in (kernel.run, getattr(reference, op)))
+    if kernel.prepare is None:
+        assert [(p.name, p.kind, p.default) for p in launcher.values()] == [
+            (p.name, p.kind, p.default) for p in meaning.values()
+        ]
+    else:  # its weights are repacked into fewer operands
+        keywords = [name for name, p in meaning.items() if p.kind is p.KEYWORD_ONLY]
+        assert [name for name, p in launcher.items() if p.kind is p.KEYWORD_ONLY] == keywords

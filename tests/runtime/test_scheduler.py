@@ -1,0 +1,194 @@
+"""Whatever arrives, every request is served: once, in order, within the limits, and every block comes back."""
+
+import random
+from dataclasses import dataclass
+
+import pytest
+from fakes import check_step
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tensorrt_llm.limits import Limits
+from tensorrt_llm.runtime.batch import Batch
+from tensorrt_llm.runtime.kv_cache import BlockAllocator
+from tensorrt_llm.runtime.request import FinishReason, Request, SamplingConfig, State
+from tensorrt_llm.runtime.scheduler import Scheduler
+
+
+def make_limits(batch: int = 4, tokens: int = 16, block: int = 4) -> Limits:
+    return Limits(
+        max_batch_size=batch, max_input_len=64, max_output_len=64, max_num_tokens=tokens, tokens_per_block=block
+    )
+
+
+def make_request(request_id: int, prompt_length: int, new_tokens: int, **settings: object) -> Request:
+    config = SamplingConfig(max_new_tokens=new_tokens, **settings)  # type: ignore[arg-type]
+    return Request(request_id, [1] * prompt_length, config.for_sequence(0, 1))
+
+
+def run_step(scheduler: Scheduler) -> Batch:
+    """One step of a model that only ever says 1; requests end when they are long enough."""
+    batch = scheduler.next_batch()
+    for request in scheduler.accept(batch, [1] * len(batch.receivers)):
+        if reason := request.stop_reason():
+            scheduler.finish(request, reason)
+    return batch
+
+
+@dataclass
+class Life:
+    """How much of a request is computed since it was last admitted."""
+
+    computed: int = 0
+    admissions: int = 0
+
+
+@st.composite
+def workloads(draw: st.DrawFn) -> tuple[Limits, int, list[Request]]:
+    batch = draw(st.integers(1, 6))
+    limits = make_limits(batch, draw(st.integers(batch, 40)), draw(st.sampled_from([1, 2, 4, 8])))
+    lengths = draw(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 30)), min_size=1, max_size=12))
+    needed = max(-(-(prompt + new - 1) // limits.tokens_per_block) for prompt, new in lengths)
+    num_blocks = 1 + needed + draw(st.integers(0, 2 * needed))
+    requests = [make_request(index, prompt, new) for index, (prompt, new) in enumerate(lengths)]
+    return limits, num_blocks, requests
+
+
+@given(workloads(), st.integers(0, 2**32))
+def test_every_request_is_served_once_in_order_within_the_limits(
+    workload: tuple[Limits, int, list[Request]], seed: int
+) -> None:
+    limits, num_blocks, requests = workload
+    allocator = BlockAllocator(num_blocks)
+    scheduler = Scheduler(limits, allocator)
+    arrivals = random.Random(seed)
+    to_come = list(requests)
+    lives = {request.id: Life() for request in requests}
+    first_admissions: list[int] = []
+    while to_come or scheduler.has_work:
+        while to_come and arrivals.random() < 0.4:
+            scheduler.submit(to_come.pop(0))
+        if not scheduler.has_work:
+            continue
+        running_before = list(scheduler.running)
+        batch = scheduler.next_batch()
+        check_step(batch, limits, num_blocks)
+        for request in running_before:
+            if request.state is State.WAITING:
+                lives[request.id].computed = 0
+        for row in batch.rows:
+            life = lives[row.request.id]
+            if row.start == 0:
+                life.admissions += 1
+                if life.admissions == 1:
+                    first_admissions.append(row.request.id)
+            # Every token once per life: a row continues exactly where the last one stopped.
+            assert row.start == life.computed
+            life.computed += row.length
+        # Nobody who only needs one token more has to wait for other people's prompts.
+        computed = {row.request.id for row in batch.rows}
+        decoding = {request.id for request in scheduler.running if len(request.token_ids) - request.num_cached == 1}
+        assert decoding <= computed
+        order = [request.id for request in scheduler.running] + [request.id for request in scheduler.waiting]
+        assert order == sorted(order)
+        for request in scheduler.accept(batch, [1] * len(batch.receivers)):
+            if reason := request.stop_reason():
+                scheduler.finish(request, reason)
+    assert first_admissions == sorted(lives)
+    assert all(request.num_output == request.sampling.max_new_tokens for request in requests)
+    allocator.check_balanced()
+
+
+@given(workloads(), st.integers(0, 2**32))
+def test_requests_cancelled_at_any_time_leave_nothing_behind(
+    workload: tuple[Limits, int, list[Request]], seed: int
+) -> None:
+    limits, num_blocks, requests = workload
+    allocator = BlockAllocator(num_blocks)
+    scheduler = Scheduler(limits, allocator)
+    chance = random.Random(seed)
+    for request in requests:
+        scheduler.submit(request)
+    while scheduler.has_work:
+        run_step(scheduler)
+        if chance.random() < 0.3:
+            scheduler.cancel(chance.choice(requests))
+    assert all(request.is_finished for request in requests)
+    allocator.check_balanced()
+
+
+def test_a_long_prompt_is_cut_into_chunks_while_others_decode() -> None:
+    scheduler = Scheduler(make_limits(tokens=8), BlockAllocator(100))
+    scheduler.submit(make_request(0, 4, 20))
+    run_step(scheduler)
+    scheduler.submit(make_request(1, 16, 5))
+    batches = [run_step(scheduler) for _ in range(3)]
+    assert [[(row.request.id, row.start, row.length, row.num_logits) for row in batch.rows] for batch in batches] == [
+        [(1, 0, 7, 0), (0, 4, 1, 1)],
+        [(1, 7, 7, 0), (0, 5, 1, 1)],
+        [(1, 14, 2, 1), (0, 6, 1, 1)],
+    ]
+
+
+def test_context_logits_are_asked_for_in_every_chunk() -> None:
+    scheduler = Scheduler(make_limits(tokens=8), BlockAllocator(100))
+    scheduler.submit(make_request(0, 12, 3, gather_context_logits=True))
+    assert [run_step(scheduler).num_logits for _ in range(3)] == [8, 4, 1]
+
+
+def test_the_youngest_gives_way_when_blocks_run_out_and_comes_back() -> None:
+    allocator = BlockAllocator(1 + 5)
+    scheduler = Scheduler(make_limits(block=4), allocator)
+    old, young = make_request(0, 4, 12), make_request(1, 4, 12)
+    scheduler.submit(old)
+    scheduler.submit(young)
+    run_step(scheduler)
+    assert scheduler.running == [old, young]
+    while young.state is State.RUNNING:
+        run_step(scheduler)
+    assert (young.blocks, young.num_cached, list(scheduler.waiting)) == ([], 0, [young])
+    written = list(young.token_ids)
+    while not old.is_finished:
+        run_step(scheduler)
+    batch = run_step(scheduler)
+    assert [(row.request, row.start, row.length) for row in batch.rows] == [(young, 0, len(written))]
+    assert young.context_length == 4
+
+
+def test_a_full_pool_admits_a_full_batch_of_the_longest_sequences() -> None:
+    limits = make_limits(batch=4, tokens=64, block=4)
+    scheduler = Scheduler(limits, BlockAllocator(1 + 4 * 8))
+    for index in range(4):
+        scheduler.submit(make_request(index, 16, 17))
+    run_step(scheduler)
+    assert len(scheduler.running) == 4
+
+
+def test_nobody_overtakes_the_first_in_the_queue() -> None:
+    scheduler = Scheduler(make_limits(block=4), BlockAllocator(1 + 6))
+    scheduler.submit(make_request(0, 12, 8))
+    run_step(scheduler)
+    scheduler.submit(make_request(1, 16, 1))
+    scheduler.submit(make_request(2, 1, 1))
+    run_step(scheduler)
+    assert [request.id for request in scheduler.waiting] == [1, 2]
+
+
+def test_a_request_that_could_never_fit_is_refused_with_numbers() -> None:
+    scheduler = Scheduler(make_limits(block=4), BlockAllocator(1 + 3))
+    with pytest.raises(ValueError, match=r"10 tokens with max_new_tokens 4 needs 4 KV blocks of 4 tokens, but .* has 3"):
+        scheduler.submit(make_request(0, 10, 4))
+    assert not scheduler.has_work
+
+
+def test_nothing_to_do_gives_no_rows() -> None:
+    assert Scheduler(make_limits(), BlockAllocator(4)).next_batch().rows == ()
+
+
+def test_cancelling_a_finished_request_changes_nothing() -> None:
+    scheduler = Scheduler(make_limits(), BlockAllocator(8))
+    request = make_request(0, 2, 1)
+    scheduler.submit(request)
+    run_step(scheduler)
+    scheduler.cancel(request)
+    assert request.finish_reason is FinishReason.LENGTH
