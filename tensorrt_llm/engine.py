@@ -18,10 +18,12 @@ import json
 import mmap
 import os
 import struct
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from reprlib import repr as shortened
 from typing import Any
 
 import torch
@@ -49,6 +51,8 @@ _ZERO_DIGEST = "0" * 64
 _MAX_HEADER_BYTES = 64 << 20
 # Weights start here and at each header length that is a multiple of it: enough for any aligned load.
 _ALIGNMENT = 256
+# Ids and lengths are int32 on the device.
+_LARGEST_COUNT = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -154,8 +158,11 @@ def _check_field(name: str, kind: Any, value: Any) -> None:
     accepted = (float, int) if kind is float else kind
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
         raise ValueError(f"engine config: {name} is {value!r}, expected {kind.__name__}")
-    if kind is int and value < (0 if name in ("rank", "quant_mode") else 1):
-        raise ValueError(f"engine config: {name} is {value}, which is too small")
+    least = 0 if name in ("rank", "quant_mode") else 1
+    if kind is int and not least <= value <= _LARGEST_COUNT:
+        raise ValueError(f"engine config: {name} is {shortened(value)}, expected {least} to {_LARGEST_COUNT}")
+    if kind is float and not 0 < value <= sys.float_info.max:  # NaN is not, either
+        raise ValueError(f"engine config: {name} is {shortened(value)}, expected a positive number")
 
 
 class Engine:
@@ -251,9 +258,9 @@ class Engine:
     def load(cls, path: Path | str) -> "Engine":
         """Read and check an engine file; a ValueError names the file, what was found and what was expected."""
         path = Path(path)
-        if not path.is_file():
-            raise ValueError(f"{path}: no such engine file")
         try:
+            if not path.is_file():
+                raise ValueError("no such engine file")
             header, data_start = _read_header(path)
             config, plan, digests = _read_metadata(header)
             offsets = _check_tensors(header, plan, path.stat().st_size - data_start)
@@ -262,7 +269,7 @@ class Engine:
             _check_facts(config, plan)
             weights = _FileWeights(path, data_start, plan, offsets)
             weights.verify(digests)
-        except (ValueError, RecursionError) as error:
+        except (ValueError, OSError, RecursionError) as error:
             raise ValueError(f"{path}: {error}") from error
         return cls(config, plan, weights)
 
@@ -319,8 +326,10 @@ def _read_config_json(path: Path) -> dict[str, Any]:
     """The builder_config of an engine folder, with the keys that lead to its files."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: not found; is {path.parent} a folder that build.py wrote?") from None
+    except OSError as error:
+        raise ValueError(
+            f"{path}: cannot be read ({error.strerror}); is {path.parent} a folder that build.py wrote?"
+        ) from error
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested without end
         raise ValueError(f"{path}: not JSON ({error})") from error
     section = data.get("builder_config") if isinstance(data, dict) else None
@@ -328,10 +337,11 @@ def _read_config_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: has no object builder_config")
     for key, kind in (("name", str), ("precision", str), ("tensor_parallel", int), ("pipeline_parallel", int)):
         if not isinstance(section.get(key), kind):
-            raise ValueError(f"{path}: builder_config.{key} is {section.get(key)!r}, expected {kind.__name__}")
+            found = shortened(section.get(key))
+            raise ValueError(f"{path}: builder_config.{key} is {found}, expected {kind.__name__}")
     for key in ("name", "precision"):
         if not section[key].isidentifier():
-            raise ValueError(f"{path}: builder_config.{key} is {section[key]!r}, expected a plain name")
+            raise ValueError(f"{path}: builder_config.{key} is {shortened(section[key])}, expected a plain name")
     return section
 
 
@@ -388,14 +398,16 @@ def _check_tensors(header: dict[str, Any], plan: Plan, data_bytes: int) -> dict[
     offsets: dict[str, tuple[int, int]] = {}
     begin = 0
     for spec in plan.weights:
+        if spec.dtype not in _SAFETENSORS_DTYPES:
+            raise ValueError(f"weight {spec} is of a dtype that engines don't hold")
         end = begin + _num_bytes(spec)
         expected = {
-            "dtype": _SAFETENSORS_DTYPES.get(spec.dtype),
+            "dtype": _SAFETENSORS_DTYPES[spec.dtype],
             "shape": list(spec.shape),
             "data_offsets": [begin, end],
         }
         if header.get(spec.name) != expected:
-            raise ValueError(f"tensor {spec.name} is {header.get(spec.name)!r}, expected {expected}")
+            raise ValueError(f"tensor {spec.name} is {shortened(header.get(spec.name))}, expected {expected}")
         offsets[spec.name] = (begin, end)
         begin = end
     surplus = sorted(set(header) - set(offsets))
@@ -418,3 +430,7 @@ def _check_facts(config: EngineConfig, plan: Plan) -> None:
         raise ValueError(f"plan: inputs are {sorted(inputs)}, expected {sorted(_STEP_INPUTS)} and the KV pools")
     if set(plan.outputs) != {"logits"}:
         raise ValueError(f"plan: outputs are {sorted(plan.outputs)}, expected logits")
+    logits = next((made for node in plan.nodes for made in node.outputs if made.name == plan.outputs["logits"]), None)
+    padded_vocab_size = -(-config.vocab_size // config.tp_size) * config.tp_size
+    if logits is None or logits.dtype != "float32" or logits.shape != ("num_logits", padded_vocab_size):
+        raise ValueError(f"plan: logits are {logits}, expected float32[num_logits, {padded_vocab_size}]")

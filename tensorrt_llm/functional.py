@@ -69,6 +69,7 @@ def mul(left: Tensor, right: Tensor) -> Tensor:
 
 def _elementwise(op: str, left: Tensor, right: Tensor) -> Tensor:
     _check(left.shape == right.shape, op, f"{left!r} and {right!r} differ in shape")
+    _check(is_floating(left.dtype) and is_floating(right.dtype), op, f"{left!r} and {right!r} are not both floats")
     return left.network.add(op, left, right, outputs=[(wider(left.dtype, right.dtype), left.shape)])[0]
 
 
@@ -138,6 +139,11 @@ def gpt_attention(
     )
     for vector in (position_ids, query_starts, sequence_length, context_lengths):
         _check_index("gpt_attention", vector)
+    _check(
+        len(block_tables.shape) == 2 and block_tables.dtype == "int32",
+        "gpt_attention",
+        f"{block_tables!r} is not a matrix of int32",
+    )
     _check(position_ids.shape == (num_tokens,), "gpt_attention", f"{position_ids!r} does not fit {qkv!r}")
     _check(
         rotary_embedding_dim % 2 == 0 and 2 < rotary_embedding_dim <= hidden_size_per_head,

@@ -49,8 +49,9 @@ class Parameter:
         self._check_shape(tensor)
         cast = tensor.to(torch_dtype(self.dtype)).contiguous()
         # Only fp16 is narrower in range than what checkpoints hold; an inf made here would end as NaN logits.
-        if self.dtype == "float16" and tensor.dtype != torch.float16 and not torch.isfinite(cast).all():
-            largest = tensor.abs().max().item()
+        # The two ends tell, without a temporary of the tensor's size.
+        if self.dtype == "float16" and tensor.dtype != torch.float16 and not _ends(cast).isfinite().all():
+            largest = _ends(tensor).abs().max().item()
             raise ValueError(
                 f"{self.name}: largest magnitude {largest:g} does not fit float16 (at most 65504); build with bfloat16"
             )
@@ -61,3 +62,8 @@ class Parameter:
             raise ValueError(f"parameter {self.name}: data has shape {tuple(tensor.shape)}, expected {self.shape}")
         if is_floating(self.dtype) and not tensor.is_floating_point():
             raise ValueError(f"parameter {self.name}: data is {tensor.dtype}, expected a floating dtype")
+
+
+def _ends(tensor: torch.Tensor) -> torch.Tensor:
+    """The smallest and the largest element."""
+    return torch.stack(tensor.aminmax())

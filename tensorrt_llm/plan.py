@@ -5,12 +5,15 @@ engine and never sees a Network. Knows no op: a node here is a name, its operand
 """
 
 from dataclasses import asdict, dataclass
+from reprlib import repr as shortened
 from typing import Any
 
 from .dtype import torch_dtype
 
 Dim = int | str  # a number, or the name of a number that a step decides ("num_tokens")
 Attribute = int | float | str | bool | list[int]
+
+_MAX_DIMS = 8
 
 
 @dataclass(frozen=True)
@@ -116,12 +119,16 @@ def _read_spec(data: Any, where: str) -> TensorSpec:
     _expect(data, dict, where)
     _expect_keys(data, {"name", "dtype", "shape"}, where)
     shape = tuple(_expect(data["shape"], list, f"{where}.shape"))
-    for dim in shape:
-        if isinstance(dim, bool) or not isinstance(dim, int | str) or (isinstance(dim, int) and dim < 1):
-            raise ValueError(f"{where}.shape is {list(shape)!r}, expected positive integers or names")
+    # Bounds that no tensor reaches keep the products of a hostile file's dims from growing without end.
+    if len(shape) > _MAX_DIMS or not all(isinstance(dim, str) or _is_count(dim) for dim in shape):
+        raise ValueError(f"{where}.shape is {shortened(shape)}, expected at most {_MAX_DIMS} positive counts or names")
     dtype = _expect(data["dtype"], str, f"{where}.dtype")
     torch_dtype(dtype)
     return TensorSpec(_expect(data["name"], str, f"{where}.name"), dtype, shape)
+
+
+def _is_count(dim: Any) -> bool:
+    return type(dim) is int and 0 < dim < 2**63
 
 
 def _read_node(data: Any, where: str) -> PlanNode:

@@ -372,9 +372,7 @@ class TextStream:
 
     def flush(self) -> str:
         """What is left at the end: U+FFFD for an unfinished character, else nothing. The stream can start anew."""
-        text = self._decoder.decode(b"", final=True)
-        self._decoder.reset()
-        return text
+        return self._decoder.decode(b"", final=True)
 
 
 class StopStringMatcher:

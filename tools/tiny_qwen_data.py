@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import regex  # type: ignore[import-untyped]
+import regex
 import tiktoken
 
 CHAT_SYSTEM = "You are a helpful assistant."

@@ -16,6 +16,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from command_line import flag, log_level_flag, run_script  # noqa: E402
 from dummy_weights import load_dummy_weights  # noqa: E402
+from hf_checkpoint import READABLE_DTYPES, HfCheckpoint  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 from weight import load_from_hf_qwen  # noqa: E402
 
@@ -89,6 +92,7 @@ def main(args: BuildArgs) -> None:
     if args.max_beam_width != 1:
         raise ValueError(f"--max_beam_width is {args.max_beam_width}, expected 1: beam search is not supported yet")
     config = QWenConfig.from_hf_dir(args.hf_model_dir)
+    args.mapping(rank=0)  # refuses sizes that do not add up, before anything is made for each rank
     engines = [describe_engine(args, config, rank) for rank in range(args.world_size)]
     estimate = Estimate.of(engines[0], args)
     if args.dry_run:
@@ -111,8 +115,9 @@ def main(args: BuildArgs) -> None:
 def describe_engine(args: BuildArgs, config: QWenConfig, rank: int) -> Engine:
     """The engine of one rank, its weights still in the checkpoint."""
     model = QWenForCausalLM(config, args.dtype, args.mapping(rank))
+    device = pick_device(args.device)
     if args.dummy_weights:
-        load_dummy_weights(model, pick_device(args.device))
+        load_dummy_weights(model, device)
     else:
         load_from_hf_qwen(model, args.hf_model_dir, config, model.mapping)
     builder = Builder()
@@ -132,7 +137,7 @@ def save_engine(engine: Engine, folder: Path) -> None:
 
         def on_weight(name: str) -> None:
             bar.update(sizes[done[-1]] if done else 0)
-            bar.set_postfix_str(name.rpartition(".")[0])
+            bar.set_postfix_str(name.rpartition(".")[0], refresh=False)
             done.append(name)
 
         engine.save(folder / engine.config.engine_name, on_weight)
@@ -149,8 +154,30 @@ def _count(shape: tuple[Any, ...]) -> int:
 def build_in_parallel(args: BuildArgs, config: QWenConfig, folder: Path) -> None:
     """One process per rank, as many at a time as there are cores."""
     context = multiprocessing.get_context("spawn")  # a fork would share CUDA's state
-    with context.Pool(min(args.world_size, os.cpu_count() or 1)) as pool:
-        pool.starmap(build_rank, [(args, config, rank, folder) for rank in range(args.world_size)])
+    with ProcessPoolExecutor(min(args.world_size, os.cpu_count() or 1), context) as pool:
+        try:
+            with ignored_interrupts():
+                builds = [pool.submit(build_rank, args, config, rank, folder) for rank in range(args.world_size)]
+            for build in builds:
+                build.result()
+        except BrokenProcessPool as error:
+            raise ValueError(
+                "the process of a rank was killed, as happens when memory runs out; build without --parallel_build"
+            ) from error
+        finally:
+            # After an error or an interrupt nobody wants the other ranks; otherwise these are idle.
+            for process in multiprocessing.active_children():
+                process.terminate()
+
+
+@contextmanager
+def ignored_interrupts() -> Iterator[None]:
+    """Processes started inside don't hear a Ctrl-C: they would each print a traceback. The parent ends them."""
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def build_rank(args: BuildArgs, config: QWenConfig, rank: int, folder: Path) -> None:
@@ -160,17 +187,19 @@ def build_rank(args: BuildArgs, config: QWenConfig, rank: int, folder: Path) -> 
 @contextmanager
 def staging_dir(output_dir: Path) -> Iterator[Path]:
     """A folder inside the output folder that is gone afterwards, also when the build fails or is interrupted."""
-    made_output = not output_dir.exists()
-    output_dir.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".building-", dir=output_dir))
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ValueError(f"--output_dir {output_dir} is a file, expected a folder or a name that is free")
+    made = [folder for folder in (output_dir, *output_dir.parents) if not folder.exists()]
     previous = signal.signal(signal.SIGTERM, _raise_interrupt)
     try:
-        yield staging
+        output_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".building-", dir=output_dir) as staging:
+            yield Path(staging)
     finally:
         signal.signal(signal.SIGTERM, previous)
-        shutil.rmtree(staging)
-        if made_output and not any(output_dir.iterdir()):
-            output_dir.rmdir()
+        for folder in made:
+            if folder.exists() and not any(folder.iterdir()):
+                folder.rmdir()
 
 
 def _raise_interrupt(signum: int, frame: object) -> None:
@@ -201,10 +230,12 @@ class Estimate:
     @classmethod
     def of(cls, engine: Engine, args: BuildArgs) -> "Estimate":
         largest = max(_count(spec.shape) for spec in engine.plan.weights)
+        stored = stored_dtype(args)
+        bytes_per_element = itemsize(stored) + (itemsize(args.dtype) if stored != args.dtype else 0)
         limits = engine.config.limits
         return cls(
-            # Torch itself, then the largest tensor as it lies in the checkpoint's mapped file and as it is cast.
-            host=_peak_host_bytes() + largest * (itemsize("bfloat16") + itemsize(args.dtype)),
+            # Torch itself, then the largest tensor: as the checkpoint's mapped file holds it, and as it is cast.
+            host=_peak_host_bytes() + largest * bytes_per_element,
             disk=engine.weight_bytes * args.world_size,
             weights=engine.weight_bytes,
             kv_cache=engine.config.kv_bytes_per_token * limits.max_batch_size * limits.max_seq_len,
@@ -228,6 +259,14 @@ class Estimate:
                 f"{_gib(self.kv_cache)}, activations {_gib(self.activations)})",
             )
         )
+
+
+def stored_dtype(args: BuildArgs) -> str:
+    """The widest dtype among the tensors that this build reads."""
+    if args.dummy_weights:
+        return args.dtype
+    found = {info.dtype for info in HfCheckpoint(args.hf_model_dir).tensors().values()}
+    return max(found & set(READABLE_DTYPES), key=itemsize)
 
 
 def _peak_host_bytes() -> int:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-# The package may not be installed: a checkout alone is enough to run the examples.
+# A bare checkout works too, as on a GPU machine where nothing is installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tensorrt_llm.tokenizer import TextStream, Tokenizer  # noqa: E402

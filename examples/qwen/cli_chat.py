@@ -1,27 +1,29 @@
 """Chat with an engine in a terminal: several turns, the reply shown as it is written.
 
+    python cli_chat.py --engine_dir engines/7b --tokenizer_dir Qwen-7B-Chat
+
 Settings of sampling come from the flags, else from the checkpoint's generation_config.json, else from SamplingConfig;
-lengths are bounded by the engine alone. Knows nothing of tensors and steps: that is the runtime's work.
+prompt and reply never exceed the engine's limits. `clear` forgets the turns before; `exit`, Ctrl-D and Ctrl-C leave.
 """
 
-import argparse
 import io
 import logging
 import sys
 from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-# The package may not be installed: a checkout alone is enough to run the examples.
+# A bare checkout works too, as on a GPU machine where nothing is installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from chat_prompt import DEFAULT_SYSTEM, make_context, stop_words_for  # noqa: E402
+from command_line import flag, log_level_flag, run_script  # noqa: E402
 
 from tensorrt_llm.runtime import ModelRunner, SamplingConfig  # noqa: E402
 from tensorrt_llm.tokenizer import GenerationDefaults, Tokenizer, load_tokenizer, read_generation_defaults  # noqa: E402
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("cli_chat")
 
 CHAT_FORMAT = "chatml"
 LEAVE_COMMANDS = ("exit", "quit", "exit()", "quit()")
@@ -31,57 +33,35 @@ GREETING = "欢迎使用通义千问！直接输入问题即可开始对话；�
 CLEARED = "历史已清空，我们重新开始吧。"
 FAREWELL = "再见！"
 
+_DEFAULT = "default: generation_config.json's"
+
 
 @dataclass(frozen=True)
 class ChatArgs:
-    """What the command line says. None: see the module docstring."""
-
-    engine_dir: str
-    tokenizer_dir: str
-    max_new_tokens: int | None = None
-    system: str = DEFAULT_SYSTEM
-    no_stream: bool = False
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    repetition_penalty: float | None = None
-    random_seed: int | None = None
-    device: str | None = None
-    log_level: str = "error"
-
-
-def parse_args(argv: list[str] | None = None) -> ChatArgs:
-    parser = argparse.ArgumentParser(description="Chat with a Qwen engine.", allow_abbrev=False)
-    add = parser.add_argument
-    add("--engine_dir", required=True, help="folder that build.py wrote")
-    add("--tokenizer_dir", required=True, help="folder of the checkpoint: its tokenizer and generation_config.json")
-    add("--max_new_tokens", "--max_output_len", type=_positive, help="longest reply in tokens")
-    add("--system", help="system prompt")
-    add("--no_stream", action="store_true", help="show a reply only when it is complete")
-    add("--temperature", type=float, help="0 is greedy; has no effect while top_k is 1")
-    add("--top_k", type=int, help="1 is greedy, 0 keeps every token")
-    add("--top_p", type=float, help="keep the likeliest tokens that together reach this probability")
-    add("--repetition_penalty", type=float, help="above 1: repeat less")
-    add("--random_seed", type=int, help="the same seed and the same chat give the same replies")
-    add("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
-    add("--log_level", choices=("debug", "info", "warning", "error"), help="what is logged on stderr")
-    parser.set_defaults(**{field.name: field.default for field in fields(ChatArgs) if field.default is not MISSING})
-    return ChatArgs(**vars(parser.parse_args(argv)))
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is less than 1")
-    return number
+    engine_dir: Path = flag(help="folder that build.py wrote")
+    tokenizer_dir: Path = flag(help="folder of the checkpoint: its tokenizer and generation_config.json")
+    max_new_tokens: int | None = flag(
+        None,
+        help=f"longest reply in tokens ({_DEFAULT}, else the engine's max_output_len)",
+        aliases=("--max_output_len",),
+    )
+    system: str = flag(DEFAULT_SYSTEM, help="system prompt")
+    no_stream: bool = flag(False, help="show a reply only when it is complete")
+    temperature: float | None = flag(None, help=f"0 is greedy; no effect while top_k is 1 ({_DEFAULT}, else 1.0)")
+    top_k: int | None = flag(None, help=f"1 is greedy, 0 keeps every token ({_DEFAULT}, else 1)")
+    top_p: float | None = flag(None, help=f"keep the likeliest tokens that together reach it ({_DEFAULT}, else all)")
+    repetition_penalty: float | None = flag(None, help=f"above 1: repeat less ({_DEFAULT}, else 1.0)")
+    random_seed: int | None = flag(None, help="the same seed and the same chat give the same replies")
+    device: str | None = flag(None, help="cpu or cuda (default: cuda when there is one)")
+    log_level: str = log_level_flag("error")
 
 
 def make_sampling(args: ChatArgs, defaults: GenerationDefaults, tokenizer: Tokenizer) -> SamplingConfig:
-    """How replies are sampled and what ends them; their length is decided turn by turn."""
+    """How replies are sampled and what ends them. How long they may get is decided turn by turn."""
     recommended: dict[str, Any] = {"repetition_penalty": defaults.repetition_penalty}
     if defaults.do_sample is not False:
         recommended |= {"temperature": defaults.temperature, "top_k": defaults.top_k, "top_p": defaults.top_p}
-    flags = ("temperature", "top_k", "top_p", "repetition_penalty", "random_seed")
+    flags = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "random_seed")
     demanded = {name: getattr(args, name) for name in flags if getattr(args, name) is not None}
     chosen = {name: value for name, value in recommended.items() if value is not None} | demanded
     stop = stop_words_for(tokenizer, CHAT_FORMAT)
@@ -127,8 +107,9 @@ def chat(args: ChatArgs) -> None:
     runner = ModelRunner.from_dir(args.engine_dir, tokenizer=tokenizer, device=args.device)
     limits = runner.config.limits
     # Where the checkpoint recommends no window, the engine alone is the limit. (A window's bound is strict.)
-    window = defaults.max_window_size or limits.max_input_len + 1
-    longest_reply = args.max_new_tokens or defaults.max_new_tokens or limits.max_output_len
+    window = limits.max_input_len + 1 if defaults.max_window_size is None else defaults.max_window_size
+    wishes = (args.max_new_tokens, defaults.max_new_tokens, limits.max_output_len)
+    longest_reply = next(wish for wish in wishes if wish is not None)
     history: list[tuple[str, str]] = []
     print(GREETING)
     for question in read_questions():
@@ -143,22 +124,16 @@ def chat(args: ChatArgs) -> None:
     print(FAREWELL)
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
-    logging.basicConfig(level=args.log_level.upper())
+def main(args: ChatArgs) -> None:
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
-            # A terminal that is not UTF-8 gets "?" for what it cannot show, instead of ending the chat.
+            # A terminal that is not UTF-8 shows "?" for what it does not know, instead of ending the chat.
             stream.reconfigure(errors="replace")
     try:
         chat(args)
     except KeyboardInterrupt:
         print(f"\n{FAREWELL}")
-    except (ValueError, OSError) as error:
-        print(f"cli_chat.py: error: {error}", file=sys.stderr)
-        return 1
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main, ChatArgs, __doc__)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import MISSING, field, fields
 from pathlib import Path
 from types import UnionType
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, NoReturn, TypeVar, get_args, get_origin
 
 Args = TypeVar("Args")
 
@@ -46,9 +46,15 @@ def log_level_flag(default: str) -> Any:
     return flag(default, help="how much to log on stderr", choices=tuple(_LOG_LEVELS))
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line and code 2; argparse would print the whole usage first."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
 def parse(cls: type[Args], description: str | None, argv: Sequence[str] | None = None) -> Args:
     """An instance of `cls` from the command line; argparse ends the process with code 2 on bad arguments."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     for item in fields(cls):  # type: ignore[arg-type]  # Args is a dataclass
         names = [f"--{item.name}", *item.metadata["aliases"]]
         parser.add_argument(*names, dest=item.name, **_options(item))
@@ -98,4 +104,4 @@ def run_script(main: Callable[[Args], int | None], cls: type[Args], description:
         sys.exit(1)
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(1)

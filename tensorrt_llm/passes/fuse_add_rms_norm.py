@@ -8,7 +8,7 @@ def fuse_add_rms_norm(network: Network) -> int:
     count = 0
     for norm in [node for node in network.nodes if node.op == "rms_norm"]:
         total = norm.inputs[0].producer
-        if total is None or total.op != "add" or total.outputs[0].dtype != "float32":
+        if total is None or total.op != "add" or all(addend.dtype != "float32" for addend in total.inputs):
             continue
         _fuse(network, total, norm)
         count += 1

@@ -5,12 +5,13 @@ Knows nothing of requests, batches or the cache: the KV pools are inputs like th
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
 
 from ..dtype import is_floating
-from ..kernels import Kernel, StepShape
+from ..kernels import Kernel, StepShape, reference_kernels
 from ..plan import Plan, PlanNode
 
 
@@ -82,15 +83,32 @@ def _bind_node(
     node: PlanNode, kernel: Kernel, loaded: "_LoadedWeights", releases: tuple[str, ...], float32: bool
 ) -> _Call:
     reads = tuple(name for name in node.inputs if name not in loaded.names)
-    assert node.inputs[: len(reads)] == reads, f"{node.op} has a weight before a value: {node.inputs}"
+    _check_call(node, reads)
     attrs = dict(node.attrs)
     if float32 and is_floating(str(attrs.get("dtype", "int32"))):
         attrs["dtype"] = "float32"
     operands: tuple[torch.Tensor | None, ...] = tuple(loaded.take(name) for name in node.inputs[len(reads) :])
     if kernel.prepare and operands:
-        operands = kernel.prepare(*operands, **attrs)
+        try:
+            operands = kernel.prepare(*operands, **attrs)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise ValueError(f"plan: weights do not fit in {node}: {error}") from error
     makes = tuple(spec.name for spec in node.outputs)
     return _Call(kernel.run, reads, operands, makes, attrs, kernel.needs_step, releases)
+
+
+def _check_call(node: PlanNode, reads: tuple[str, ...]) -> None:
+    """The node must be a call that its op can take: an engine file may have been edited."""
+    if node.inputs[: len(reads)] != reads:
+        raise ValueError(f"plan: {node} reads a weight before a value")
+    reference = reference_kernels()[node.op]
+    attrs = {**node.attrs, "step": None} if reference.needs_step else node.attrs
+    try:
+        signature(reference.run).bind(*node.inputs, **attrs)
+    except TypeError as error:
+        raise ValueError(f"plan: {node} is no call of {node.op}: {error}") from error
 
 
 class _LoadedWeights:

@@ -7,7 +7,7 @@ neither models nor kernels nor how a step is computed. Not thread-safe: one thre
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import count
+from itertools import accumulate, count
 from typing import Any, NamedTuple
 
 import torch
@@ -55,6 +55,8 @@ class GenerationSession:
 
     def submit(self, prompt_ids: Prompt, sampling: SamplingConfig, *, with_text: bool = False) -> Request:
         """Queue a prompt. `with_text` keeps `request.text` up to date; stop strings do so anyway."""
+        if with_text and self.tokenizer is None:
+            raise ValueError("with_text needs a tokenizer, but there is none; give one")
         request = self._make_request(prompt_ids, sampling.for_sequence(0, 1), "the prompt")
         self._enqueue(request, with_text)
         return request
@@ -64,8 +66,9 @@ class GenerationSession:
         batch = self._scheduler.next_batch()
         if not batch.rows:
             return []
-        logits = _rows_of_receivers(batch, self.session.run(batch))
-        sampled = self._sampler.sample(logits, batch.receivers)
+        logits = self.session.run(batch)
+        _keep_logits(batch, logits)
+        sampled = self._sampler.sample(_rows_of_receivers(batch, logits), batch.receivers)
         return self._record(batch, sampled)
 
     def cancel(self, request: Request) -> None:
@@ -80,24 +83,29 @@ class GenerationSession:
 
     def _record(self, batch: Batch, sampled: Sampled) -> list[Request]:
         receivers = self._scheduler.accept(batch, sampled.tokens)
-        if sampled.log_probs is not None:
-            for request, log_prob in zip(receivers, sampled.log_probs, strict=True):
+        for request, log_prob in zip(receivers, sampled.log_probs or (), strict=False):
+            if request.sampling.gather_log_probs:
                 request.log_probs.append(log_prob)
         for request in receivers:
-            text = self._texts.get(request.id)
-            matched = text is not None and text.push(request)
-            reason = FinishReason.STOP_STRING if matched else request.stop_reason()
+            reason = self._read_text(request) or request.stop_reason()
             if reason:
-                if text:
-                    text.finish(request)
-                    del self._texts[request.id]
-                self._scheduler.finish(request, reason)
+                self._finish(request, reason)
         return receivers
+
+    def _read_text(self, request: Request) -> FinishReason | None:
+        text = self._texts.get(request.id)
+        return FinishReason.STOP_STRING if text and text.push(request) else None
+
+    def _finish(self, request: Request, reason: FinishReason) -> None:
+        text = self._texts.pop(request.id, None)
+        if text:
+            text.finish(request)
+        self._scheduler.finish(request, reason)
 
     def _enqueue(self, request: Request, with_text: bool) -> None:
         self._scheduler.submit(request)
         if with_text or request.sampling.stop_strings:
-            assert self.tokenizer is not None, "_make_request() and the callers of with_text check this"
+            assert self.tokenizer is not None, "who asks for text was refused before"
             self._texts[request.id] = _OutputText(self.tokenizer, request.sampling.stop_strings)
 
     def _make_request(self, prompt_ids: Prompt, sampling: Sampling, name: str) -> Request:
@@ -120,7 +128,9 @@ class GenerationSession:
         if sampling.stop_strings and self.tokenizer is None:
             raise ValueError(f"stop_strings are {list(sampling.stop_strings)!r}, but there is no tokenizer; give one")
         sampling.check_vocabulary(vocab_size)
-        return Request(next(self._ids), ids, sampling)
+        request = Request(next(self._ids), ids, sampling)
+        self._scheduler.check_fits(request)
+        return request
 
     def _make_requests(self, prompts: Sequence[Prompt], sampling: SamplingConfig) -> list[Request]:
         if not len(prompts):
@@ -182,7 +192,7 @@ class GenerationSession:
 
         Gives int32 output_ids [batch, 1, longest prompt + max_new_tokens] on the CPU: each prompt, its new tokens right
         after it, then end_id (or pad_id). `return_dict` gives a dict with more (see `DecodeOutput`), `streaming` a
-        generator of the same after every step. max_new_tokens is that of `setup`, if it was called.
+        generator of the same after every step that gave tokens. If `setup` was called, its max_new_tokens holds.
         """
         prompts = split_prompts(input_ids, context_lengths)
         if self._setup:
@@ -226,7 +236,7 @@ class GenerationSession:
         output = DecodeOutput(requests, config, has_texts=self.tokenizer is not None)
         steps = self._run(requests, with_text=output.is_dict and output.has_texts)
         if streaming:
-            return (output.current() for _ in steps)
+            return (output.current() for receivers in steps if receivers)
         for _ in steps:
             pass
         return output.current()
@@ -281,21 +291,24 @@ class _OutputText:
 
 
 def _rows_of_receivers(batch: Batch, logits: torch.Tensor) -> torch.Tensor:
-    """The rows that choose tokens, one per receiver. Requests that collect logits get copies of theirs on the host."""
-    if not any(row.request.sampling.gathers_logits for row in batch.rows):
+    """The row of each receiver's last token, which chooses the next."""
+    if batch.num_logits == len(batch.receivers):
         return logits
-    chosen: list[int] = []
+    ends = accumulate(row.num_logits for row in batch.rows)
+    return logits[[end - 1 for row, end in zip(batch.rows, ends, strict=True) if row.gives_token]]
+
+
+def _keep_logits(batch: Batch, logits: torch.Tensor) -> None:
+    """Copy logits to the host for the requests that want to have them."""
+    if not any(row.request.sampling.gathers_logits for row in batch.rows):
+        return
     end = 0
     for row in batch.rows:
         start, end = end, end + row.num_logits
-        request = row.request
-        if request.collects_context_logits:
-            request.context_logits.append(_copy_to_host(logits[start:end]))
-        if row.gives_token:
-            chosen.append(end - 1)
-            if request.sampling.gather_generation_logits:
-                request.generation_logits.append(_copy_to_host(logits[end - 1]))
-    return logits[chosen]
+        if row.request.collects_context_logits:
+            row.request.context_logits.append(_copy_to_host(logits[start:end]))
+        if row.request.sampling.gather_generation_logits and row.gives_token:
+            row.request.generation_logits.append(_copy_to_host(logits[end - 1]))
 
 
 def _copy_to_host(logits: torch.Tensor) -> torch.Tensor:

@@ -232,18 +232,19 @@ class Request:
     """One sequence: its prompt, what was generated so far, and what it holds of the cache."""
 
     id: int
-    prompt_ids: list[int]
+    prompt_ids: list[int] = field(repr=False)
     sampling: Sampling
-    token_ids: list[int] = field(init=False)  # the prompt and then the output; it only grows
+    token_ids: list[int] = field(init=False, repr=False)  # the prompt and then the output; it only grows
     context_length: int = field(init=False)  # tokens of the prompt
     state: State = State.WAITING
     finish_reason: FinishReason | None = None
     text: str = ""  # of the output, whole characters, without what ended it; only if the text is followed
     num_cached: int = 0  # tokens whose keys and values are in the cache
     blocks: list[int] = field(default_factory=list)
-    log_probs: list[float] = field(default_factory=list)  # of each output token, if asked for
-    context_logits: list[Any] = field(default_factory=list)  # [chunk, vocab] tensors of prompt rows, if asked for
-    generation_logits: list[Any] = field(default_factory=list)  # a [vocab] tensor for each output token, if asked for
+    # If asked for: of each output token; [chunk, vocab] tensors of the prompt's rows; a [vocab] row per output token.
+    log_probs: list[float] = field(default_factory=list, repr=False)
+    context_logits: list[Any] = field(default_factory=list, repr=False)
+    generation_logits: list[Any] = field(default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_ids)

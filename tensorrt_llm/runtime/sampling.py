@@ -9,7 +9,7 @@ comes in one copy. Does not decide when a sequence ends, and changes nothing in 
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -58,7 +58,7 @@ class Sampler:
             for request in penalized
         ]
         repetition, frequency, presence = self._columns(settings, torch.float32)
-        index = torch.tensor(rows, device=self._device)
+        index = _upload(rows, torch.int64, self._device)
         part = logits.index_select(0, index)
         # A token stands in `ids` as often as in its sequence. All its places hold the same new logit, so the order
         # in which scatter writes them does not matter; nor does it when counts, small whole numbers, are summed.
@@ -80,8 +80,8 @@ class Sampler:
         ]
         if not banned:
             return logits
-        rows, ids = torch.tensor(banned, device=self._device).unbind(dim=1)
-        return logits.index_put((rows, ids), logits.new_tensor(-torch.inf))
+        rows, ids = _upload(banned, torch.int64, self._device).unbind(dim=1)
+        return logits.index_put((rows, ids), logits.new_full((), -torch.inf))
 
     def _draw(self, logits: torch.Tensor, greedy_ids: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
         """`greedy_ids`, with a drawn token for each request that is not greedy."""
@@ -96,14 +96,15 @@ class Sampler:
             for request, top_k in zip(drawing, top_ks, strict=True)
         ]
         temperature, top_k, top_p, uniform = self._columns(settings, torch.float64)
-        index = torch.tensor(rows, device=self._device)
+        index = _upload(rows, torch.int64, self._device)
         candidates, ids = _rank(logits.index_select(0, index), max(top_ks))  # [rows, candidates]
         # Float64, so that sums over 150,000 probabilities are the same for any number of rows and on any device.
         scaled = (candidates.double() - candidates[:, :1].double()) / temperature
         scaled.masked_fill_(torch.arange(max(top_ks), device=self._device) >= top_k, -torch.inf)
         probs = scaled.softmax(dim=-1)
         mass = probs.cumsum(dim=-1)
-        # Top-p keeps a candidate if those before it do not reach top_p, hence always the first one.
+        # Top-p keeps a candidate if those before it do not reach top_p, hence always the first one. A GPU adds in
+        # parallel, so `mass` may fall by a rounding: that must neither keep nor choose what has no probability.
         last_kept = (((mass - probs < top_p) & (probs > 0)).sum(dim=-1, keepdim=True) - 1).clamp_(min=0)
         target = uniform * mass.gather(1, last_kept)
         position = torch.minimum((mass <= target).sum(dim=-1, keepdim=True), last_kept)
@@ -111,7 +112,13 @@ class Sampler:
 
     def _columns(self, rows: Sequence[tuple[float, ...]], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
         """Host numbers, a tuple per row, as one [rows, 1] tensor per column."""
-        return torch.tensor(rows, dtype=dtype, device=self._device).unsqueeze(-1).unbind(dim=1)
+        return _upload(rows, dtype, self._device).unsqueeze(-1).unbind(dim=1)
+
+
+def _upload(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Host numbers on the device, without waiting for it: it is busy with the step, and sampling queues up behind."""
+    host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    return host.to(device, non_blocking=True)
 
 
 def _rank(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -159,7 +166,7 @@ class _TokenHistory:
         self._assign_slots(requests)
         self._upload_new_tokens(requests)
         spans = [(self._slots[request.id], request.context_length, len(request.token_ids)) for request in requests]
-        slots, starts, ends = torch.tensor(spans, device=self._table.device).unbind(dim=1)
+        slots, starts, ends = _upload(spans, torch.int64, self._table.device).unbind(dim=1)
         longest = max(length for _, _, length in spans)
         ids = self._table[:, :longest].index_select(0, slots)
         position = torch.arange(longest, device=ids.device)
@@ -197,5 +204,5 @@ class _TokenHistory:
             places.extend(range(slot * capacity + known, slot * capacity + length))
             tokens.extend(request.token_ids[known:])
             self._lengths[slot] = length
-        where, what = torch.tensor((places, tokens), device=self._table.device).unbind()
+        where, what = _upload((places, tokens), torch.int64, self._table.device).unbind()
         self._table.view(-1)[where] = what

@@ -26,8 +26,8 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self.running or self.waiting)
 
-    def submit(self, request: Request) -> None:
-        """Put a request at the end of the queue; one that the whole cache could not hold is a ValueError."""
+    def check_fits(self, request: Request) -> None:
+        """Raise a ValueError if the whole cache could not hold the request."""
         needed = self._blocks_at_most(request)
         if needed > self.allocator.capacity:
             raise ValueError(
@@ -35,6 +35,10 @@ class Scheduler:
                 f"needs {needed} KV blocks of {self.limits.tokens_per_block} tokens, but the cache has "
                 f"{self.allocator.capacity}; give the session more KV cache or ask for fewer tokens"
             )
+
+    def submit(self, request: Request) -> None:
+        """Put a request that fits at the end of the queue."""
+        self.check_fits(request)
         self.waiting.append(request)
 
     def next_batch(self) -> Batch:
@@ -93,7 +97,7 @@ class Scheduler:
             position += 1
 
     def _preempt_youngest(self) -> None:
-        # submit() refused what does not fit alone, so someone else holds blocks.
+        # Whoever is here fits alone, so someone else holds blocks.
         assert len(self.running) > 1, "one sequence needs more blocks than there are"
         request = self.running.pop()
         self._release_blocks(request)

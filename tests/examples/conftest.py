@@ -1,4 +1,4 @@
-"""Makes the scripts of examples/qwen importable; gives them a tokenizer of single bytes, as lengths are easy to count."""
+"""Makes the scripts of examples/qwen importable, and gives them a tokenizer of single bytes: one id per byte."""
 
 import base64
 import sys

@@ -1,6 +1,7 @@
 """Claims on prompts: what they say, that text cannot forge markers, and what goes first when there is too much."""
 
 import re
+from typing import Any
 
 import pytest
 from chat_prompt import make_context, stop_words_for
@@ -92,7 +93,7 @@ def test_the_question_counts_in_the_window(tokenizer: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize("limits", [{"max_input_length": 99}, {"max_window_size": 100}])
-def test_a_question_that_is_too_long_keeps_its_beginning(tokenizer: Tokenizer, limits: dict[str, int]) -> None:
+def test_a_question_that_is_too_long_keeps_its_beginning(tokenizer: Tokenizer, limits: dict[str, Any]) -> None:
     query = "Summarize this: " + "x" * 9000
     text, ids = make_context(tokenizer, query, [("q1", "a1")], "s", **limits)
     assert (text, len(ids)) == (HEADERS.format("s", query[: 99 - EMPTY_LENGTH]), 99)
@@ -163,7 +164,7 @@ def test_another_chat_format_has_no_stop_words(tokenizer: Tokenizer) -> None:
 
 @pytest.mark.parametrize("limits", [{"max_input_length": 0}, {"max_window_size": -1}])
 @pytest.mark.parametrize("chat_format", ["chatml", "raw"])
-def test_limits_below_one_are_refused(tokenizer: Tokenizer, limits: dict[str, int], chat_format: str) -> None:
+def test_limits_below_one_are_refused(tokenizer: Tokenizer, limits: dict[str, Any], chat_format: str) -> None:
     with pytest.raises(ValueError, match="expected at least 1 each"):
         make_context(tokenizer, "q", chat_format=chat_format, **limits)
 

@@ -11,6 +11,7 @@ from typing import Any
 import cli_chat
 import pytest
 from chat_prompt import make_context
+from command_line import run_script
 
 from tensorrt_llm.limits import Limits
 from tensorrt_llm.runtime import SamplingConfig
@@ -25,12 +26,12 @@ class FakeRunner:
     def __init__(self, replies: list[list[str]]) -> None:
         self.config = SimpleNamespace(limits=LIMITS)
         self.replies = iter(replies)
-        self.loaded_from: tuple[str, str | None] | None = None
+        self.loaded_from: tuple[Path, str | None] | None = None
         self.prompts: list[list[int]] = []
         self.samplings: list[SamplingConfig] = []
         self.before_each_piece: Callable[[], object] = lambda: None
 
-    def from_dir(self, engine_dir: str, *, tokenizer: Tokenizer, device: str | None) -> "FakeRunner":
+    def from_dir(self, engine_dir: Path, *, tokenizer: Tokenizer, device: str | None) -> "FakeRunner":
         self.loaded_from = (engine_dir, device)
         return self
 
@@ -63,7 +64,15 @@ class Terminal:
         self.runner.replies = iter(replies)
         self._monkeypatch.setattr("builtins.input", read_line)
         self._monkeypatch.setattr(cli_chat, "ModelRunner", self.runner)
-        return cli_chat.main(["--engine_dir", "engine", "--tokenizer_dir", str(self._tokenizer_dir), *flags])
+        return self.run_script("--engine_dir", "engine", "--tokenizer_dir", str(self._tokenizer_dir), *flags)
+
+    def run_script(self, *flags: str) -> int:
+        """The exit code of the script with these flags."""
+        self._monkeypatch.setattr(sys, "argv", ["cli_chat.py", *flags])
+        with pytest.raises(SystemExit) as leaving:
+            run_script(cli_chat.main, cli_chat.ChatArgs, cli_chat.__doc__)
+        assert isinstance(leaving.value.code, int)
+        return leaving.value.code
 
 
 @pytest.fixture
@@ -223,7 +232,7 @@ def test_a_short_prompt_leaves_more_room_for_the_reply(terminal: Terminal) -> No
 @pytest.mark.parametrize(("flags", "device"), [([], None), (["--device", "cpu"], "cpu")])
 def test_the_engine_is_loaded_on_the_device_asked_for(terminal: Terminal, flags: list[str], device: str | None) -> None:
     terminal.chat([], [], *flags)
-    assert terminal.runner.loaded_from == ("engine", device)
+    assert terminal.runner.loaded_from == (Path("engine"), device)
 
 
 def test_a_checkpoint_that_is_no_chat_model_is_warned_about(
@@ -249,15 +258,17 @@ def test_an_engine_that_cannot_be_loaded_is_one_line_and_exit_code_1(
     assert (code, capsys.readouterr().err) == (1, f"cli_chat.py: error: {error}\n")
 
 
-def test_a_folder_without_tokenizer_is_one_line_and_exit_code_1(capsys: Capture, tmp_path: Path) -> None:
-    code = cli_chat.main(["--engine_dir", "engine", "--tokenizer_dir", str(tmp_path / "absent")])
+def test_a_folder_without_tokenizer_is_one_line_and_exit_code_1(terminal: Terminal, capsys: Capture) -> None:
+    code = terminal.run_script("--engine_dir", "engine", "--tokenizer_dir", "absent")
     lines = capsys.readouterr().err.splitlines()
     assert (code, len(lines), "absent" in lines[0]) == (1, 1, True)
 
 
-def test_wrong_sampling_is_refused_before_the_engine_is_loaded(terminal: Terminal, capsys: Capture) -> None:
-    code = terminal.chat(["q"], [["a"]], "--temperature", "-1")
-    assert (code, terminal.runner.loaded_from, "temperature" in capsys.readouterr().err) == (1, None, True)
+@pytest.mark.parametrize("wrong", ["--temperature -1", "--max_new_tokens 0", "--top_k -5", "--top_p 1.5"])
+def test_wrong_sampling_is_refused_before_the_engine_is_loaded(terminal: Terminal, capsys: Capture, wrong: str) -> None:
+    name, value = wrong.removeprefix("--").split()
+    code = terminal.chat(["q"], [["a"]], f"--{name}", value)
+    assert (code, terminal.runner.loaded_from, f"{name} is {value}" in capsys.readouterr().err) == (1, None, True)
 
 
 def test_a_system_prompt_too_long_for_the_engine_ends_the_chat_with_exit_code_1(
@@ -272,15 +283,12 @@ def test_a_system_prompt_too_long_for_the_engine_ends_the_chat_with_exit_code_1(
     [
         ["--tokenizer_dir", "t"],
         ["--engine_dir", "e"],
-        ["--engine_dir", "e", "--tokenizer_dir", "t", "--max_new_tokens", "0"],
         ["--engine_dir", "e", "--tokenizer_dir", "t", "--top_k", "many"],
         ["--engine_dir", "e", "--tokenizer_dir", "t", "--log_level", "loud"],
     ],
 )
-def test_wrong_flags_are_exit_code_2(flags: list[str], capsys: Capture) -> None:
-    with pytest.raises(SystemExit) as leaving:
-        cli_chat.main(flags)
-    assert leaving.value.code == 2
+def test_wrong_flags_are_exit_code_2(terminal: Terminal, flags: list[str]) -> None:
+    assert terminal.run_script(*flags) == 2
 
 
 def test_the_script_starts_from_any_folder(tmp_path: Path) -> None:

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    # The switch is read when triton decorates its own functions, so it must be set before anyone imports triton.
-    assert "triton" not in sys.modules or os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1 earlier"
+    # Triton reads the switch while it decorates its own functions, so it must be set before anyone imports triton.
+    assert "triton" not in sys.modules or os.environ.get("TRITON_INTERPRET") == "1", (
+        "triton was imported before tests/kernels/conftest.py; set TRITON_INTERPRET=1 earlier, in tests/conftest.py"
+    )
     os.environ["TRITON_INTERPRET"] = "1"
     if importlib.util.find_spec("triton") is not None:
         from triton.runtime import interpreter

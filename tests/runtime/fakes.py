@@ -44,6 +44,7 @@ class FakeSession:
         self.num_blocks = num_blocks
         self.batches: list[Batch] = []
         self._next_token = next_token
+        self._last_logits = torch.empty(0, vocab_size)
         self._cache = torch.full((num_blocks, limits.tokens_per_block), -1)
         generator = torch.Generator().manual_seed(0)
         self._embedding = torch.randn(vocab_size, 16, generator=generator, dtype=torch.float64)
@@ -52,12 +53,16 @@ class FakeSession:
     def run(self, batch: Batch) -> torch.Tensor:
         check_step(batch, self.config.limits, self.num_blocks)
         self.batches.append(batch)
+        self._last_logits.fill_(torch.nan)  # they were valid until this run
         logits = [
             self.logits_after(self._cached(row)[: row.start + row.length - row.num_logits + 1 + index])
             for row in map(self._write, batch.rows)
             for index in range(row.num_logits)
         ]
-        return torch.stack(logits) if logits else torch.empty(0, self.config.vocab_size)
+        # Rows of a wider tensor, as a real head has padding beyond the vocabulary.
+        self._last_logits = torch.full((len(logits), self.config.vocab_size + 3), torch.inf)
+        self._last_logits[:, : self.config.vocab_size] = torch.stack(logits) if logits else 0
+        return self._last_logits[:, : self.config.vocab_size]
 
     def logits_after(self, token_ids: list[int]) -> torch.Tensor:
         if self._next_token:

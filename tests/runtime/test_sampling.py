@@ -113,13 +113,18 @@ def test_penalties_follow_sequences_as_they_grow_come_and_go(data: st.DataObject
             request.token_ids += [token] * data.draw(st.sampled_from([1, 1, 1, 40]))
 
 
+def test_a_step_can_be_sampled_again() -> None:
+    sampler, request, logits = Sampler(CPU), make_request(repetition_penalty=2.0), random_logits(1)
+    assert sampler.sample(logits, [request]) == sampler.sample(logits, [request])
+
+
 @pytest.mark.parametrize("config", [{}, dict(top_k=5), dict(top_p=0.9, top_k=0), dict(repetition_penalty=1.0001)])
 def test_of_equal_logits_the_lower_id_comes_first(config: dict[str, Any]) -> None:
-    logits = torch.zeros(1, VOCAB_SIZE)
-    logits[0, [3, 9, 12]] = 1.0
+    logits = torch.zeros(1, 5000)
+    logits[0, 1000:] = 1.0
     request = make_request(temperature=1e-6, random_seed=0, **config)
     request.random.random = lambda: 0.0  # type: ignore[method-assign]
-    assert Sampler(CPU).sample(logits, [request]).tokens == [3]
+    assert Sampler(CPU).sample(logits, [request]).tokens == [1000]
 
 
 def test_minus_zero_equals_zero() -> None:
@@ -131,12 +136,12 @@ def test_minus_zero_equals_zero() -> None:
 
 
 def test_drawn_tokens_have_the_probabilities_of_the_model() -> None:
-    draws = 20_000
+    draws = 5_000
     logits = random_logits(1, vocab_size=5)
     batch = [make_request(i, prompt=(0,), top_k=0, top_p=1.0, random_seed=i) for i in range(draws)]
     counts = torch.tensor(Sampler(CPU).sample(logits.expand(draws, -1), batch).tokens).bincount(minlength=5)
-    # Five standard deviations of a frequency are at most 5 * sqrt(0.25 / draws) = 0.018.
-    assert (counts / draws - logits[0].softmax(-1)).abs().max() < 0.018
+    # Five standard deviations of a frequency are at most 5 * sqrt(0.25 / draws) = 0.036.
+    assert (counts / draws - logits[0].softmax(-1)).abs().max() < 0.036
 
 
 @pytest.mark.parametrize("uniform", [0.0, 1 - 2**-53])
@@ -150,13 +155,15 @@ def test_the_ends_of_the_unit_interval_choose_candidates_too(uniform: float, con
 
 def test_a_temperature_near_zero_is_nearly_greedy() -> None:
     logits = random_logits(1)
-    request = make_request(temperature=1e-300, top_k=0, top_p=1.0)
+    request = make_request(temperature=1e-310, top_k=0, top_p=1.0)
     assert Sampler(CPU).sample(logits, [request]).tokens == [int(logits.argmax())]
 
 
 def test_log_probs_are_those_of_the_model_whatever_edits_the_choice() -> None:
     logits = random_logits(3)
-    edits: dict[str, Any] = dict(output_log_probs=True, repetition_penalty=5.0, bad_words_list=[[int(logits[1].argmax())]])
+    edits: dict[str, Any] = dict(
+        output_log_probs=True, repetition_penalty=5.0, bad_words_list=[[int(logits[1].argmax())]]
+    )
     batch = [make_request(0, **edits), make_request(1, **edits), make_request(2, top_k=3, output_cum_log_probs=True)]
     sampled = Sampler(CPU).sample(logits, batch)
     expected = logits.double().log_softmax(-1)[range(3), sampled.tokens]

@@ -155,6 +155,16 @@ def test_the_youngest_gives_way_when_blocks_run_out_and_comes_back() -> None:
     assert young.context_length == 4
 
 
+def test_a_newcomer_leaves_a_block_for_every_sequence_that_will_grow() -> None:
+    scheduler = Scheduler(make_limits(block=4), BlockAllocator(1 + 3))
+    scheduler.submit(make_request(0, 4, 5))
+    run_step(scheduler)
+    scheduler.submit(make_request(1, 8, 1))
+    assert scheduler.allocator.num_free == 2
+    run_step(scheduler)
+    assert [request.id for request in scheduler.waiting] == [1]
+
+
 def test_a_full_pool_admits_a_full_batch_of_the_longest_sequences() -> None:
     limits = make_limits(batch=4, tokens=64, block=4)
     scheduler = Scheduler(limits, BlockAllocator(1 + 4 * 8))
@@ -176,7 +186,9 @@ def test_nobody_overtakes_the_first_in_the_queue() -> None:
 
 def test_a_request_that_could_never_fit_is_refused_with_numbers() -> None:
     scheduler = Scheduler(make_limits(block=4), BlockAllocator(1 + 3))
-    with pytest.raises(ValueError, match=r"10 tokens with max_new_tokens 4 needs 4 KV blocks of 4 tokens, but .* has 3"):
+    with pytest.raises(
+        ValueError, match=r"10 tokens with max_new_tokens 4 needs 4 KV blocks of 4 tokens, but .* has 3"
+    ):
         scheduler.submit(make_request(0, 10, 4))
     assert not scheduler.has_work
 

@@ -58,6 +58,13 @@ def test_flush_replaces_an_unfinished_character(qwen: QwenTokenizer) -> None:
     assert (stream.flush(), stream.flush()) == ("\ufffd", "")
 
 
+def test_a_flushed_stream_starts_anew(qwen: QwenTokenizer) -> None:
+    stream = TextStream(qwen)
+    stream.push(list(b"\xe4\xbd"))
+    stream.flush()
+    assert stream.push(list("好".encode())) == "好"
+
+
 def test_special_tokens_give_no_text(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode_with_specials("<|im_start|>a<|extra_0|>b<|im_end|>")
     assert TextStream(tokenizer).push(ids) == "ab"

@@ -31,7 +31,7 @@ def gpt_attention(
     ntk_length: int,
     logn_length: int,
 ) -> torch.Tensor:
-    """Attention of the step's tokens over all cached ones, [tokens, heads * head_size]; the pool gains their K and V."""
+    """Attention of the step's tokens over all cached ones, [tokens, heads * head_size]; the pool gains K and V."""
     q = rope_kv(
         qkv, past_key_value, position_ids, query_starts, context_lengths, block_tables, step=step,
         num_heads=num_heads, num_kv_heads=num_kv_heads, head_size=head_size, rotary_base=rotary_base,

@@ -11,6 +11,9 @@ result is final; otherwise each split leaves its normalised result and its log-s
 them in order. Softmax is in float32 and in powers of two: log2(e) is folded into the scale.
 """
 
+# mypy: allow-untyped-defs
+# The arguments of a kernel are Triton's values, for which Python has no types.
+
 import math
 
 import torch
@@ -194,9 +197,7 @@ def decode_attention(
         step.num_contexts, step.num_context_tokens, num_splits, block_tables.stride(0), *pool_strides(past_key_value),
         math.log2(math.e) / (q_scaling * math.sqrt(head_size)),
     )  # fmt: skip
-    tiling = dict(
-        TOKENS_PER_BLOCK=past_key_value.shape[3], SPLIT_TOKENS=split_tokens, IS_ONLY_SPLIT=is_only_split
-    )
+    tiling = dict(TOKENS_PER_BLOCK=past_key_value.shape[3], SPLIT_TOKENS=split_tokens, IS_ONLY_SPLIT=is_only_split)
     grid = (decodes, num_kv_heads, num_splits)
     if group == 1:
         # K and V tiles of 8 KB each in float16, two of them in flight per program; at 96 registers five programs

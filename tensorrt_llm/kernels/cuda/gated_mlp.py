@@ -5,6 +5,9 @@ matmul [tokens, k] -> [tokens, 2n]. One Triton kernel then makes [tokens, n] of 
 rounding. The packing belongs to this kernel; the engine file keeps fc and gate apart.
 """
 
+# mypy: allow-untyped-defs
+# The arguments of a kernel are Triton's values, for which Python has no types.
+
 import torch
 import torch.nn.functional as F
 import triton

@@ -6,6 +6,9 @@ A pool may hold more than 2^31 elements, so every offset that a block id takes p
 This file does not know who owns a block: that is the allocator's business.
 """
 
+# mypy: allow-untyped-defs
+# The arguments of a kernel are Triton's values, for which Python has no types.
+
 import torch
 import triton
 import triton.language as tl

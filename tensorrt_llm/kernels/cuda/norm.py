@@ -7,6 +7,9 @@ x, y and the results are [tokens, hidden], rows contiguous; weight is [hidden]. 
 math is in float32, and each result is rounded once. A row's bits do not depend on the other rows.
 """
 
+# mypy: allow-untyped-defs
+# The arguments of a kernel are Triton's values, for which Python has no types.
+
 import torch
 import triton
 import triton.language as tl

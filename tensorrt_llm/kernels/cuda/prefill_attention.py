@@ -14,6 +14,9 @@ never reach memory. Keys that all its queries see come first and need no mask, t
     query 2  #######################|###
 """
 
+# mypy: allow-untyped-defs
+# The arguments of a kernel are Triton's values, for which Python has no types.
+
 import math
 
 import torch

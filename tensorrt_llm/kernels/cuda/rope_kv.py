@@ -13,6 +13,9 @@ reduced to one turn in float64: in float32 a position of 32768 times a frequency
 few dozen float64 instructions per token and frequency, beside which a program moves kilobytes.
 """
 
+# mypy: allow-untyped-defs
+# The arguments of a kernel are Triton's values, for which Python has no types.
+
 import math
 
 import torch

@@ -1,0 +1,91 @@
+"""What Triton makes of the kernels for Hopper at Qwen-7B shapes, read from the machine code; needs no GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="the CUDA kernels need triton")
+
+NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+if not all((NVIDIA_TOOLS / tool).exists() for tool in ("ptxas", "nvdisasm", "cuobjdump")):
+    pytest.skip("this triton has no compiler for NVIDIA GPUs", allow_module_level=True)
+
+ATTENTION = [f"{case}_{dtype}" for case in ("prefill", "decode", "grouped_decode") for dtype in ("float16", "bfloat16")]
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, dict[str, Any]]:
+    """{case: {kernel: facts}}, from a process of its own: under TRITON_INTERPRET nothing can be compiled."""
+    root = Path(__file__).parents[2]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    program = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("hopper_sass.py"))],
+        env=environment | {"PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+    )
+    assert program.returncode == 0, program.stderr
+    facts: dict[str, dict[str, Any]] = json.loads(program.stdout)
+    return facts
+
+
+def count(facts: dict[str, Any], *prefixes: str) -> int:
+    """How many instructions begin with one of `prefixes`."""
+    return sum(number for opcode, number in facts["opcodes"].items() if opcode.startswith(prefixes))
+
+
+def test_no_kernel_spills_registers(compiled: dict[str, dict[str, Any]]) -> None:
+    spilling = [
+        (case, kernel)
+        for case, kernels in compiled.items()
+        for kernel, facts in kernels.items()
+        if facts["stack"] or count(facts, "LDL", "STL")
+    ]
+    assert not spilling
+
+
+def test_every_kernel_moves_128_bits_at_a_time(compiled: dict[str, dict[str, Any]]) -> None:
+    wide = ("LDG.E.128", "LDG.E.EF.128", "LDGSTS.E.BYPASS.128", "LDGSTS.E.128")
+    narrow = [
+        (case, kernel)
+        for case, kernels in compiled.items()
+        for kernel, facts in kernels.items()
+        if not count(facts, *wide)
+    ]
+    assert not narrow
+
+
+@pytest.mark.parametrize("case", ATTENTION)
+def test_keys_and_values_are_copied_to_shared_memory_ahead_of_use(compiled: dict[str, Any], case: str) -> None:
+    (attention,) = (facts for name, facts in compiled[case].items() if name.startswith(("_prefill", "_decode")))
+    assert count(attention, "LDGSTS.E.BYPASS.128") >= 16
+    assert count(attention, "LDG.E.128") <= 8, "only q is loaded through registers"
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_prefill_runs_on_wgmma(compiled: dict[str, Any], dtype: str) -> None:
+    assert count(compiled[f"prefill_{dtype}"]["_prefill"], "HGMMA.64x64x16.F32", "HGMMA.64x128x16.F32") >= 16
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_grouped_decode_runs_on_tensor_cores_and_one_head_does_not(compiled: dict[str, Any], dtype: str) -> None:
+    assert count(compiled[f"grouped_decode_{dtype}"]["_decode_grouped_heads"], "HMMA.16816.F32") >= 16
+    assert count(compiled[f"decode_{dtype}"]["_decode_one_head"], "HMMA", "HGMMA") == 0
+
+
+@pytest.mark.parametrize("case", [f"{case}_float32" for case in ("prefill", "grouped_decode")])
+def test_float32_attention_multiplies_exactly(compiled: dict[str, Any], case: str) -> None:
+    assert all(count(facts, "HMMA", "HGMMA") == 0 for facts in compiled[case].values())
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_five_decode_programs_fit_the_registers_of_an_sm(compiled: dict[str, Any], dtype: str) -> None:
+    """decode_attention.py counts on them to keep the memory busy."""
+    facts = compiled[f"decode_{dtype}"]["_decode_one_head"]
+    assert facts["registers"] * 4 * 32 * 5 <= 65536
+    assert facts["shared"] * 5 <= 227 * 1024

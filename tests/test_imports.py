@@ -1,0 +1,143 @@
+"""Imports point one way, and importing a module does nothing but define."""
+
+import ast
+import json
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "tensorrt_llm"
+MODULES = {
+    ".".join(("tensorrt_llm", *file.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): file
+    for file in sorted(PACKAGE.rglob("*.py"))
+}
+
+# Each part of the package and the parts it may import. A part is a file or a folder right under the package.
+ALLOWED = {
+    "dtype": set(),
+    "limits": set(),
+    "mapping": set(),
+    "tokenizer": set(),
+    "plan": {"dtype"},
+    "network": {"dtype", "plan"},
+    "functional": {"dtype", "network"},
+    "parameter": {"dtype", "network"},
+    "module": {"network", "parameter"},
+    "layers": {"functional", "module", "network", "parameter"},
+    "models": {"functional", "layers", "mapping", "module", "network"},
+    "passes": {"network"},
+    "engine": {"dtype", "limits", "plan"},
+    "builder": {"engine", "limits", "models", "network", "parameter", "passes"},
+    "kernels": {"dtype"},
+    "runtime": {"dtype", "engine", "kernels", "limits", "plan", "tokenizer"},
+}
+# Imports inside a function, made for a reason that the function states.
+LATE = {
+    ("tensorrt_llm.network", "tensorrt_llm.functional"),  # operators of Tensor
+    ("tensorrt_llm.kernels", "tensorrt_llm.kernels.cpu"),
+    ("tensorrt_llm.kernels", "tensorrt_llm.kernels.cuda"),  # imports triton
+}
+TORCH_FREE = ("request", "kv_cache", "scheduler", "batch")
+
+
+def imports_of(name: str, nodes: list[ast.stmt]) -> set[str]:
+    """Modules that these statements import, absolute; `from package import module` counts as the module."""
+    found: set[str] = set()
+    is_package = MODULES[name].name == "__init__.py"
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parents = name.split(".") if is_package else name.split(".")[:-1]
+            above = parents[: len(parents) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            for alias in node.names:
+                found.add(f"{base}.{alias.name}" if f"{base}.{alias.name}" in MODULES else base)
+    return found
+
+
+def executed_at_import(name: str) -> list[ast.stmt]:
+    """Import statements outside of functions and of `if TYPE_CHECKING`."""
+    statements: list[ast.stmt] = []
+    pending: list[ast.AST] = list(ast.parse(MODULES[name].read_text()).body)
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            statements.append(node)
+        elif isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            pending += node.orelse
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            pending += ast.iter_child_nodes(node)
+    return statements
+
+
+def all_imports(name: str) -> list[ast.stmt]:
+    return [node for node in ast.walk(ast.parse(MODULES[name].read_text())) if isinstance(node, ast.stmt)]
+
+
+def part_of(module: str) -> str:
+    return module.split(".")[1] if "." in module else ""
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name != "tensorrt_llm"])
+def test_a_module_imports_only_what_its_part_may(name: str) -> None:
+    imported = {part_of(module) for module in imports_of(name, executed_at_import(name)) if module in MODULES}
+    assert imported - {part_of(name)} <= ALLOWED[part_of(name)]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_inside_functions_are_the_known_ones(name: str) -> None:
+    in_package = {module for module in imports_of(name, all_imports(name)) if module in MODULES}
+    late = in_package - imports_of(name, executed_at_import(name))
+    assert {(name, module) for module in late} - LATE <= {("tensorrt_llm.network", "tensorrt_llm.parameter")}
+
+
+def test_there_are_no_import_cycles() -> None:
+    graph = {name: imports_of(name, executed_at_import(name)) & set(MODULES) - {name} for name in MODULES}
+    TopologicalSorter(graph).prepare()  # raises CycleError
+
+
+def test_the_parts_themselves_form_no_cycle() -> None:
+    TopologicalSorter(ALLOWED).prepare()
+
+
+@pytest.mark.parametrize("name", TORCH_FREE)
+def test_scheduling_knows_no_tensors(name: str) -> None:
+    """Neither the module nor what it imports inside the package imports torch."""
+    pending, seen = [f"tensorrt_llm.runtime.{name}"], set()
+    while pending:
+        module = pending.pop()
+        seen.add(module)
+        imported = imports_of(module, all_imports(module))
+        assert not any(other.split(".")[0] == "torch" for other in imported), module
+        pending += [other for other in imported if other in MODULES and other not in seen]
+
+
+def run_python(code: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True, timeout=120
+    ).stdout
+
+
+def test_importing_the_package_loads_no_optional_or_slow_library() -> None:
+    loaded = json.loads(run_python("import json, sys, tensorrt_llm; print(json.dumps(sorted(sys.modules)))"))
+    assert not {"transformers", "triton", "tiktoken", "tokenizers", "datasets"} & set(loaded)
+
+
+def test_importing_does_nothing_but_define() -> None:
+    """No output, no new thread, no signal handler, no logging set up, no CUDA."""
+    modules = [name for name in MODULES if ".cuda" not in name]
+    code = f"""
+import importlib, json, logging, signal, sys, threading
+import torch  # what torch does is not ours
+before = threading.active_count(), signal.getsignal(signal.SIGINT), list(logging.root.handlers)
+for name in {modules!r}:
+    importlib.import_module(name)
+after = threading.active_count(), signal.getsignal(signal.SIGINT), list(logging.root.handlers)
+assert before == after and not torch.cuda.is_initialized()
+"""
+    assert run_python(code) == ""
