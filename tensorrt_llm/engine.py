@@ -182,14 +182,14 @@ class Engine:
 
         Nothing appears under `path` until all of it is written. ValueError when the disk has no room.
         """
-        free = os.statvfs(path.parent)
-        if self.weight_bytes > free.f_bavail * free.f_frsize:
-            raise ValueError(
-                f"{path.parent}: the engine takes {self.weight_bytes / 2**30:.2f} GiB, "
-                f"only {free.f_bavail * free.f_frsize / 2**30:.2f} GiB are free"
-            )
         partial = path.with_name(f".{path.name}.partial")
         try:
+            free = os.statvfs(path.parent)
+            if self.weight_bytes > free.f_bavail * free.f_frsize:
+                raise ValueError(
+                    f"{path.parent}: the engine takes {self.weight_bytes / 2**30:.2f} GiB, "
+                    f"only {free.f_bavail * free.f_frsize / 2**30:.2f} GiB are free"
+                )
             with partial.open("wb") as file:
                 self._write(file, on_weight)
                 file.flush()
@@ -209,6 +209,7 @@ class Engine:
             data = _bytes_of(self.weights[spec.name], spec)
             digests[spec.name] = hashlib.sha256(data).hexdigest()
             file.write(data)
+            del data  # before the next one is read
         header = self._header(digests)
         file.seek(8)
         file.write(header.replace(_ZERO_DIGEST.encode(), hashlib.sha256(header).hexdigest().encode()))

@@ -3,7 +3,11 @@
     python tools/train_tiny_qwen.py                  # data, tokenizer, training, export, evaluation
     python tools/train_tiny_qwen.py --evaluate 500   # only measure the checkpoint that is there
 
-RESULTS
+The bundled checkpoint was trained on two CPU cores with AVX-512 BF16 that other programs used as well: 3200 steps,
+about 6 million tokens, 25 minutes at 700 to 5900 tokens/s, stopped and resumed twice (which skips the rest of a chunk
+of data and may cost a little reproducibility). It has 4.59 M parameters. Greedy decoding of the first 500 held-out
+articles gives ROUGE-1 92.2, ROUGE-2 84.7, ROUGE-L 92.2; against the references of other articles the same summaries
+get 14.1, 1.9 and 11.7. It still fails at addition ("3 plus 4 is 10").
 
 The training model is transformers' Qwen2ForCausalLM, which computes the same function as Qwen-1 for sequences up to
 `seq_length`; only the names differ (see `to_qwen`). Interrupt it and run it again: it goes on from the last saved
@@ -135,8 +139,8 @@ class Batch:
     counts: torch.Tensor  # [examples, length - 1]: whether the prediction of the next token is trained
 
     def split(self, num_parts: int) -> list["Batch"]:
-        num_parts = min(num_parts, len(self.ids))  # a part without an example would have no loss
-        return [Batch(self.ids[i::num_parts], self.counts[i::num_parts]) for i in range(num_parts)]
+        """At most `num_parts` batches; a part without an example would have no loss."""
+        return [Batch(self.ids[i::num_parts], self.counts[i::num_parts]) for i in range(min(num_parts, len(self.ids)))]
 
 
 def batches(settings: Settings, tokenizer: ChatTokenizer, first_chunk: int) -> Iterator[tuple[int, Batch]]:

@@ -67,7 +67,11 @@ class Recorder:
             else:
                 is_wide = abs(value) >= 2**31
                 signature[parameter.name] = "fp32" if isinstance(value, float) else "i64" if is_wide else "i32"
-            if isinstance(value, torch.Tensor) or (type(value) is int and value % 16 == 0 and is_specialized):
+            if isinstance(value, torch.Tensor):
+                is_aligned = not parameter.do_not_specialize_on_alignment
+            else:
+                is_aligned = type(value) is int and value % 16 == 0 and is_specialized
+            if is_aligned:
                 attributes[(index,)] = [["tt.divisibility", 16]]
         source = ASTSource(self.kernel, signature, constants, attributes)
         self.facts[self.kernel.__name__] = read_sass(triton.compile(source, target=HOPPER, options=options))

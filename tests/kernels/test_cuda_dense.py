@@ -90,7 +90,7 @@ def test_gated_mlp_equals_its_two_matmuls(device: torch.device, dtype: str) -> N
         torch.randn(rows, depth, device=device).to(torch_dtype(dtype)) / depth**0.25 for rows in (tokens, width, width)
     )
     wanted = reference.gated_mlp(x.double(), fc.double(), gate.double(), dtype="float32")
-    got = gated_mlp(x, *prepare_gated_mlp(fc, gate), dtype=dtype)
+    got = gated_mlp(x, *prepare_gated_mlp(fc, gate, dtype=dtype), dtype=dtype)
     # Both products are rounded to `dtype` before the kernel, with values up to about 4; the result once more.
     tolerance = roundoff(dtype) * 16 + roundoff("float32") * depth
     torch.testing.assert_close(got.float(), wanted, rtol=tolerance, atol=tolerance)

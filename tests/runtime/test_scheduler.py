@@ -156,12 +156,14 @@ def test_the_youngest_gives_way_when_blocks_run_out_and_comes_back() -> None:
 
 
 def test_a_newcomer_leaves_a_block_for_every_sequence_that_will_grow() -> None:
-    scheduler = Scheduler(make_limits(block=4), BlockAllocator(1 + 3))
-    scheduler.submit(make_request(0, 4, 5))
+    scheduler = Scheduler(make_limits(block=4), BlockAllocator(1 + 4))
+    old = make_request(0, 4, 9)  # three blocks in the end
+    scheduler.submit(old)
     run_step(scheduler)
-    scheduler.submit(make_request(1, 8, 1))
-    assert scheduler.allocator.num_free == 2
     run_step(scheduler)
+    scheduler.submit(make_request(1, 8, 1))  # two blocks
+    run_step(scheduler)
+    assert (len(old.blocks), scheduler.allocator.num_free) == (2, 2)
     assert [request.id for request in scheduler.waiting] == [1]
 
 

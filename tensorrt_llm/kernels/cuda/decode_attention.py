@@ -27,7 +27,10 @@ from .kv_pool import dot_dtype, padded_head_size, pool_strides, token_offsets
 _LOWEST = tl.constexpr(-1e30)
 
 
-@triton.jit(do_not_specialize=["first_sequence", "first_token", "num_splits", "table_stride"])
+@triton.jit(
+    do_not_specialize=["first_sequence", "first_token", "num_splits", "table_stride"],
+    do_not_specialize_on_alignment=["block_tables_ptr", "sequence_length_ptr"],
+)
 def _decode_one_head(
     q_ptr, pool_ptr, block_tables_ptr, sequence_length_ptr, out_ptr, partial_ptr, lse_ptr,
     first_sequence, first_token, num_splits, table_stride, block_stride, value_stride, head_stride, token_stride, scale,
@@ -82,7 +85,10 @@ def _decode_one_head(
         tl.store(lse_ptr + partial_row, best + tl.log2(sum_of_weights))
 
 
-@triton.jit(do_not_specialize=["first_sequence", "first_token", "num_splits", "table_stride"])
+@triton.jit(
+    do_not_specialize=["first_sequence", "first_token", "num_splits", "table_stride"],
+    do_not_specialize_on_alignment=["block_tables_ptr", "sequence_length_ptr"],
+)
 def _decode_grouped_heads(
     q_ptr, pool_ptr, block_tables_ptr, sequence_length_ptr, out_ptr, partial_ptr, lse_ptr,
     first_sequence, first_token, num_splits, table_stride, block_stride, value_stride, head_stride, token_stride, scale,
@@ -137,7 +143,10 @@ def _decode_grouped_heads(
         tl.store(lse_ptr + partial_rows, top + tl.log2(total), mask=members < GROUP)
 
 
-@triton.jit(do_not_specialize=["first_sequence", "first_token", "num_splits"])
+@triton.jit(
+    do_not_specialize=["first_sequence", "first_token", "num_splits"],
+    do_not_specialize_on_alignment=["sequence_length_ptr"],
+)
 def _combine_splits(
     partial_ptr, lse_ptr, sequence_length_ptr, out_ptr, first_sequence, first_token, num_splits,
     NUM_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, DIM_TILE: tl.constexpr, SPLIT_TOKENS: tl.constexpr,

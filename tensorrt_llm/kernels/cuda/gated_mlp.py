@@ -16,7 +16,7 @@ import triton.language as tl
 from ...dtype import torch_dtype
 
 
-def prepare_gated_mlp(fc: torch.Tensor, gate: torch.Tensor) -> tuple[torch.Tensor]:
+def prepare_gated_mlp(fc: torch.Tensor, gate: torch.Tensor, *, dtype: str) -> tuple[torch.Tensor]:
     """The packed weight [2n, k] of fc [n, k] and gate [n, k]."""
     if fc.shape != gate.shape:
         raise ValueError(f"gated_mlp: fc is {tuple(fc.shape)} but gate is {tuple(gate.shape)}, they must be equal")

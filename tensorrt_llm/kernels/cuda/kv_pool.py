@@ -4,6 +4,9 @@ The pool of a layer is [num_blocks, 2, num_kv_heads, tokens_per_block, head_size
 Position p of a sequence lies in block `block_table[p // tokens_per_block]`, slot `p % tokens_per_block`.
 A pool may hold more than 2^31 elements, so every offset that a block id takes part in is 64 bits wide.
 This file does not know who owns a block: that is the allocator's business.
+
+The integers of a step are views of one buffer, at any address, and their counts change from step to step: the kernels
+declare them unspecialised, or each new step would compile its kernels anew.
 """
 
 # mypy: allow-untyped-defs

@@ -57,7 +57,10 @@ def _attend(
     return top, total, result
 
 
-@triton.jit(do_not_specialize=["table_stride"])
+@triton.jit(
+    do_not_specialize=["table_stride"],
+    do_not_specialize_on_alignment=["block_tables_ptr", "query_starts_ptr", "sequence_length_ptr"],
+)
 def _prefill(
     q_ptr, pool_ptr, block_tables_ptr, query_starts_ptr, sequence_length_ptr, out_ptr,
     table_stride, block_stride, value_stride, head_stride, token_stride, scale,

@@ -57,7 +57,12 @@ def _cos_sin(turns):
     return cosine, sine
 
 
-@triton.jit(do_not_specialize=["batch_size", "table_stride"])
+@triton.jit(
+    do_not_specialize=["batch_size", "table_stride"],
+    do_not_specialize_on_alignment=[
+        "position_ids_ptr", "query_starts_ptr", "context_lengths_ptr", "block_tables_ptr",
+    ],
+)  # fmt: skip
 def _rope_kv(
     qkv_ptr, q_ptr, pool_ptr, position_ids_ptr, query_starts_ptr, context_lengths_ptr, block_tables_ptr,
     batch_size, table_stride, block_stride, value_stride, head_stride, token_stride,

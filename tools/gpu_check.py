@@ -1,0 +1,230 @@
+"""Check the CUDA kernels on the GPU of this machine, then time them at Qwen-7B shapes against their byte floor.
+
+    python3 tools/gpu_check.py --output kernels.json
+
+Runs from a bare checkout. Correctness is tests/kernels on the device. A time is that of one op among a chain of
+copies of it, captured in one CUDA graph; the copies have weights and KV pools of their own, more than the L2 cache
+together, so each reads from memory. The floor is the bytes an op must move over the read rate measured here first.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "examples" / "qwen")]
+
+import torch  # noqa: E402
+from command_line import flag, log_level_flag, run_script  # noqa: E402
+from table import markdown_table  # noqa: E402
+
+from tensorrt_llm.dtype import torch_dtype  # noqa: E402
+from tensorrt_llm.kernels import StepShape  # noqa: E402
+from tensorrt_llm.kernels.cuda import add_rms_norm, gated_mlp, gpt_attention, matmul  # noqa: E402
+
+HIDDEN, HEADS, HEAD_SIZE, MLP_HIDDEN, VOCABULARY = 4096, 32, 128, 11008, 151936
+TOKENS_PER_BLOCK = 64
+L2_BYTES = 64 * 2**20  # at least that of an H100 or H200
+DEVICE = "cuda"
+
+Op = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class CheckArgs:
+    output: Path = flag(help="JSON file for all figures")
+    dtype: str = flag("float16", help="of weights and KV cache", choices=("float16", "bfloat16", "float32"))
+    skip_tests: bool = flag(False, help="time only")
+    repeats: int = flag(20, help="replays of a chain; the median counts")
+    log_level: str = log_level_flag("warning")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One op: its time, the bytes it must move, and its floating point operations where they may bound it."""
+
+    name: str
+    microseconds: float
+    moved_bytes: int
+    operations: int
+
+    def floor(self, read_rate: float) -> float:
+        """Microseconds that the bytes take at `read_rate` bytes per second."""
+        return self.moved_bytes / read_rate * 1e6
+
+
+@dataclass(frozen=True)
+class Work:
+    """What to time: `make()` gives a copy of the op with operands of its own."""
+
+    name: str
+    make: Callable[[], Op]
+    moved_bytes: int
+    operations: int = 0
+
+
+def main(args: CheckArgs) -> int:
+    if not torch.cuda.is_available():
+        raise ValueError("no CUDA device that torch can use; this check is for a machine with an NVIDIA GPU")
+    tests_passed = None if args.skip_tests else run_tests()
+    read_rate = measure_read_rate(args.repeats)
+    with torch.inference_mode():
+        timings = [time_work(work, args.repeats) for work in all_work(args.dtype)]
+    rows = [
+        (
+            timing.name,
+            f"{timing.microseconds:.1f}",
+            f"{timing.floor(read_rate):.1f}",
+            f"{timing.floor(read_rate) / timing.microseconds:.0%}",
+            f"{timing.operations / timing.microseconds / 1e6:.0f}" if timing.operations else "-",
+        )
+        for timing in timings
+    ]
+    figures = {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "dtype": args.dtype,
+        "tests_passed": tests_passed,
+        "read_bytes_per_second": read_rate,
+        "timings": [asdict(timing) for timing in timings],
+    }
+    args.output.write_text(json.dumps(figures, indent=1))
+    print(markdown_table((f"Qwen-7B {args.dtype}", "us", "floor us", "of floor", "TFLOP/s"), rows))
+    print(f"{figures['gpu']}, torch {figures['torch']}, reads at {read_rate / 1e12:.2f} TB/s, tests: {tests_passed}")
+    return 1 if tests_passed is False else 0
+
+
+def run_tests() -> bool:
+    """tests/kernels on the device, in a process of its own so that a crash there does not end the timings."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels"]
+    return subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}).returncode == 0
+
+
+def measure_read_rate(repeats: int) -> float:
+    """Bytes per second at which this GPU reads 4 GiB: torch's maximum, which writes next to nothing."""
+    data = torch.zeros(2**30, dtype=torch.float32, device=DEVICE)
+    return data.numel() * 4 / (time_chain([data.max], repeats) * 1e-6)
+
+
+def time_work(work: Work, repeats: int) -> Timing:
+    """Chain as many copies as fill the L2 cache three times over, at least 4 and at most 200."""
+    copies = min(max(4, -(-3 * L2_BYTES // work.moved_bytes)), 200)
+    microseconds = time_chain([work.make() for _ in range(copies)], repeats)
+    print(f"{work.name}: {microseconds:.1f} us", file=sys.stderr, flush=True)
+    return Timing(work.name, microseconds, work.moved_bytes, work.operations)
+
+
+def time_chain(ops: list[Op], repeats: int) -> float:
+    """Median microseconds of one op of a chain that is replayed as a CUDA graph."""
+    for op in ops:
+        op()  # compiles, and lets cuBLAS take its workspace
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for op in ops:
+            op()
+    times = []
+    for _ in range(repeats + 2):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / len(ops))
+    return statistics.median(times[2:])
+
+
+def all_work(dtype: str) -> list[Work]:
+    return [
+        *(work for tokens in (1, 32, 1024) for work in dense_work(tokens, dtype)),
+        *(
+            decode_work(batch, length, HEADS, dtype)
+            for batch, length in ((1, 64), (1, 256), (1, 1024), (1, 8192), (32, 256), (32, 1024), (64, 1024))
+        ),
+        decode_work(32, 256, HEADS, dtype, bound=4096),
+        *(decode_work(batch, length, 4, dtype) for batch, length in ((1, 256), (1, 8192), (64, 1024))),
+        *(prefill_work(batch, length, dtype) for batch, length in ((1, 128), (1, 2048), (16, 512))),
+    ]
+
+
+def dense_work(tokens: int, dtype: str) -> list[Work]:
+    """The matmuls and the norm of a layer, and the logits, for `tokens` tokens."""
+    kind = torch_dtype(dtype)
+    size = kind.itemsize
+
+    def values(*shape: int, kind: torch.dtype = kind) -> torch.Tensor:
+        return (torch.randn(shape, device=DEVICE) / 64).to(kind)
+
+    def make_norm() -> Op:
+        x, y, weight = values(tokens, HIDDEN, kind=torch.float32), values(tokens, HIDDEN), values(HIDDEN)
+        return partial(add_rms_norm, x, y, weight, eps=1e-6, dtype=dtype)
+
+    def make_mlp() -> Op:
+        return partial(gated_mlp, values(tokens, HIDDEN), values(2 * MLP_HIDDEN, HIDDEN), dtype=dtype)
+
+    def make_matmul(rows: int, depth: int, bias: bool, out: str) -> Op:
+        return partial(matmul, values(tokens, depth), values(rows, depth), values(rows) if bias else None, dtype=out)
+
+    works = [
+        Work(f"add_rms_norm, {tokens} tokens", make_norm, tokens * HIDDEN * (8 + 2 * size) + HIDDEN * size),
+        Work(
+            f"gated_mlp, {tokens} tokens",
+            make_mlp,
+            size * (2 * MLP_HIDDEN * HIDDEN + tokens * (HIDDEN + MLP_HIDDEN)),
+            4 * tokens * MLP_HIDDEN * HIDDEN,
+        ),
+    ]
+    shapes = [("qkv", 3 * HIDDEN, HIDDEN, True, dtype), ("dense", HIDDEN, HIDDEN, False, dtype)]
+    shapes.append(("mlp proj", HIDDEN, MLP_HIDDEN, False, dtype))
+    if tokens <= 64:  # logits are wanted of one token a sequence
+        shapes.append(("logits", VOCABULARY, HIDDEN, False, "float32"))
+    for name, rows, depth, bias, out in shapes:
+        moved = size * (rows * depth + tokens * depth) + tokens * rows * torch_dtype(out).itemsize
+        make = partial(make_matmul, rows, depth, bias, out)
+        works.append(Work(f"matmul {name}, {tokens} tokens", make, moved, 2 * tokens * rows * depth))
+    return works
+
+
+def decode_work(batch: int, length: int, kv_heads: int, dtype: str, bound: int | None = None) -> Work:
+    """gpt_attention of `batch` decodes at context `length`; the grid is made for `bound` tokens."""
+    step = StepShape(batch, batch, 0, 0, 1, bound or length)
+    cached = 2 * batch * length * kv_heads * HEAD_SIZE * torch_dtype(dtype).itemsize
+    name = f"decode, {batch} x {length}, {kv_heads} KV heads" + (f", grid for {bound}" if bound else "")
+    return Work(name, partial(make_attention, step, length, kv_heads, dtype), cached)
+
+
+def prefill_work(batch: int, length: int, dtype: str) -> Work:
+    """gpt_attention of `batch` whole prompts."""
+    step = StepShape(batch * length, batch, batch, batch * length, length, length)
+    # q, k and v are read; k, v and the result are written.
+    moved = 6 * step.num_tokens * HEADS * HEAD_SIZE * torch_dtype(dtype).itemsize
+    operations = batch * 2 * length * (length + 1) * HEADS * HEAD_SIZE
+    return Work(f"prefill, {batch} x {length}", partial(make_attention, step, length, HEADS, dtype), moved, operations)
+
+
+def make_attention(step: StepShape, length: int, kv_heads: int, dtype: str) -> Op:
+    """A step of equal sequences of `length` tokens over a pool of its own, the blocks in random order."""
+    kind = torch_dtype(dtype)
+    blocks = -(-length // TOKENS_PER_BLOCK)
+    pool = torch.randn(1 + step.batch_size * blocks, 2, kv_heads, TOKENS_PER_BLOCK, HEAD_SIZE, device=DEVICE).to(kind)
+    tables = (torch.randperm(step.batch_size * blocks, device=DEVICE) + 1).int().view(step.batch_size, blocks)
+    new = step.num_tokens // step.batch_size
+    positions = torch.arange(length - new, length, dtype=torch.int32, device=DEVICE).repeat(step.batch_size)
+    starts = torch.arange(step.batch_size + 1, dtype=torch.int32, device=DEVICE) * new
+    lengths = torch.full((step.batch_size,), length, dtype=torch.int32, device=DEVICE)
+    qkv = torch.randn(step.num_tokens, (HEADS + 2 * kv_heads) * HEAD_SIZE, device=DEVICE).to(kind)
+    return partial(
+        gpt_attention, qkv, pool, positions, starts, lengths, lengths, tables, step=step, num_heads=HEADS,
+        num_kv_heads=kv_heads, head_size=HEAD_SIZE, rotary_base=10000.0, rotary_dim=HEAD_SIZE, ntk_length=2048,
+        logn_length=2048,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    run_script(main, CheckArgs, __doc__)
