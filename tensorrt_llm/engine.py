@@ -220,7 +220,8 @@ class Engine:
             "__metadata__": {
                 "format": FORMAT,
                 "format_version": FORMAT_VERSION,
-                "engine": json.dumps({"config": asdict(self.config), "plan": self.plan.to_dict()}, sort_keys=True),
+                # Not sorted: marks are in the order of the network.
+                "engine": json.dumps({"config": asdict(self.config), "plan": self.plan.to_dict()}),
                 "weights_sha256": json.dumps(digests, sort_keys=True),
                 "header_sha256": _ZERO_DIGEST,
             }

@@ -20,11 +20,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from chat_prompt import DEFAULT_SYSTEM, make_context, stop_words_for  # noqa: E402
 from command_line import flag, log_level_flag, run_script  # noqa: E402
+from table import markdown_table  # noqa: E402
 from token_files import READABLE, read_prompts, read_token_ids, write_csv, write_npy  # noqa: E402
 
 from tensorrt_llm import Engine  # noqa: E402
 from tensorrt_llm.runtime import ModelRunner, SamplingConfig  # noqa: E402
-from tensorrt_llm.runtime.layer_comparison import compare_layers  # noqa: E402
+from tensorrt_llm.runtime.layer_comparison import LayerComparison, compare_layers  # noqa: E402
 from tensorrt_llm.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
 
 DEFAULT_PROMPT = "你好，请问你叫什么？"
@@ -215,20 +216,21 @@ def pieces_of(
 def print_layers(engine: Engine, prompt: Prompt, device: str | None) -> None:
     """The table of --debug_mode."""
     print_input(prompt)
-    header = ("tensor", "shape", "mean", "sum", "max abs", "reference: mean", "sum", "max abs", "rel. error")
-    widths = (24, 14, 12, 12, 12, 15, 12, 12, 10)
-    print("  ".join(title.ljust(width) for title, width in zip(header, widths, strict=True)).rstrip())
     rows = compare_layers(engine, prompt.ids, device)
-    for row in rows:
-        numbers = (row.engine.mean, row.engine.sum, row.engine.max_abs)
-        numbers += (row.reference.mean, row.reference.sum, row.reference.max_abs, row.relative_error)
-        cells = (row.name, str(list(row.shape)), *(f"{number:.5g}" for number in numbers))
-        print("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip())
+    header = ("tensor", "shape", "mean", "sum", "max abs", "reference: mean", "sum", "max abs", "relative error")
+    print(markdown_table(header, [layer_cells(row) for row in rows]))
     parted = next((row for row in rows if not row.agrees), None)
     if parted is None:
         print(f"All tensors agree with the float32 reference (relative error at most {rows[0].tolerance:g}).")
     else:
         print(f"First apart: {parted.name}, relative error {parted.relative_error:.3g}, allowed {parted.tolerance:g}.")
+
+
+def layer_cells(row: LayerComparison) -> tuple[str, ...]:
+    numbers = [
+        number for summary in (row.engine, row.reference) for number in (summary.mean, summary.sum, summary.max_abs)
+    ]
+    return (row.name, str(list(row.shape)), *(f"{number:.5g}" for number in (*numbers, row.relative_error)))
 
 
 def print_profile(runner: ModelRunner, prompts: list[Prompt], sampling: SamplingConfig) -> None:

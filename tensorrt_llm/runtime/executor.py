@@ -3,7 +3,7 @@
 Knows nothing of requests, batches or the cache: the KV pools are inputs like the others.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
@@ -89,6 +89,7 @@ def _bind_node(
         attrs["dtype"] = "float32"
     operands: tuple[torch.Tensor | None, ...] = tuple(loaded.take(name) for name in node.inputs[len(reads) :])
     if kernel.prepare and operands:
+        _check_arguments(kernel.prepare, operands, attrs, node)
         try:
             operands = kernel.prepare(*operands, **attrs)
         except torch.OutOfMemoryError:
@@ -105,8 +106,14 @@ def _check_call(node: PlanNode, reads: tuple[str, ...]) -> None:
         raise ValueError(f"plan: {node} reads a weight before a value")
     reference = reference_kernels()[node.op]
     attrs = {**node.attrs, "step": None} if reference.needs_step else node.attrs
+    _check_arguments(reference.run, node.inputs, attrs, node)
+
+
+def _check_arguments(
+    function: Callable[..., Any], operands: Sequence[object], attrs: Mapping[str, object], node: PlanNode
+) -> None:
     try:
-        signature(reference.run).bind(*node.inputs, **attrs)
+        signature(function).bind(*operands, **attrs)
     except TypeError as error:
         raise ValueError(f"plan: {node} is no call of {node.op}: {error}") from error
 

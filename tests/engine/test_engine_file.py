@@ -61,6 +61,13 @@ def test_an_engine_comes_back_as_it_was(tmp_path: Path, dtype: str) -> None:
         assert loaded.weights[name].dtype == weight.dtype and torch.equal(loaded.weights[name], weight)
 
 
+def test_marks_come_back_in_the_order_of_the_network(tmp_path: Path) -> None:
+    """Of eleven layers, whose names have another order as text."""
+    engine = make_engine(make_config(num_hidden_layers=11))
+    engine.save(tmp_path / "engine")
+    assert list(Engine.load(tmp_path / "engine").plan.marks) == list(engine.plan.marks)
+
+
 @pytest.mark.parametrize("dtype", PRECISIONS)
 def test_a_loaded_engine_gives_the_logits_of_the_one_in_memory(tmp_path: Path, dtype: str) -> None:
     engine = make_engine(dtype=dtype)
@@ -413,3 +420,37 @@ def test_a_limit_out_of_range_is_named(changes: dict[str, Any], message: str) ->
     numbers = {"max_batch_size": 8, "max_input_len": 9, "max_output_len": 9, "max_num_tokens": 9, "tokens_per_block": 8}
     with pytest.raises(ValueError, match=message):
         Limits(**numbers | changes)
+
+
+# Plans that hang together but are no calls of their ops
+
+
+def node_of(parts: EngineParts, op: str) -> dict[str, Any]:
+    return next(node for node in parts.engine["plan"]["nodes"] if node["op"] == op)
+
+
+FORGERIES: dict[str, tuple[Change, str]] = {
+    "an unknown op": (lambda parts: node_of(parts, "gated_mlp").update(op="exec"), "no kernel for exec on cpu"),
+    "a weight before a value": (
+        lambda parts: node_of(parts, "gated_mlp")["inputs"].reverse(),
+        "reads a weight before a value",
+    ),
+    "an operand too few": (lambda parts: node_of(parts, "gated_mlp")["inputs"].pop(), "is no call of gated_mlp"),
+    "an unknown attribute": (lambda parts: node_of(parts, "matmul")["attrs"].update(alpha=1), "is no call of matmul"),
+    "a missing attribute": (
+        lambda parts: node_of(parts, "gpt_attention")["attrs"].pop("rotary_base"),
+        "is no call of gpt_attention",
+    ),
+    "weights of different widths": (
+        lambda parts: node_of(parts, "gated_mlp")["inputs"].__setitem__(2, "layers.0.mlp.proj.weight"),
+        "weights do not fit in .*gated_mlp",
+    ),
+}
+
+
+@pytest.mark.parametrize("forgery", FORGERIES)
+def test_a_forged_node_gives_no_session(path: Path, forgery: str) -> None:
+    change, message = FORGERIES[forgery]
+    rewrite(path, change)
+    with pytest.raises(ValueError, match=message):
+        on_cpu(Engine.load(path))

@@ -61,7 +61,9 @@ def load(path: Path) -> Engine | None:
 def places(value: Any) -> list[tuple[Any, Any]]:
     """Every (container, key) below a JSON value."""
     found = []
-    items = list(value.items()) if isinstance(value, dict) else list(enumerate(value)) if isinstance(value, list) else []
+    items = (
+        list(value.items()) if isinstance(value, dict) else list(enumerate(value)) if isinstance(value, list) else []
+    )
     for key, inner in items:
         found.append((value, key))
         found += places(inner)

@@ -94,9 +94,7 @@ def test_logits_of_all_prompt_positions_are_those_of_transformers(pair: Pair) ->
 
 
 def test_logits_of_all_new_tokens_are_those_of_transformers(pair: Pair) -> None:
-    for prompt, new, logits in zip(
-        pair.prompts, pair.continuations, pair.output["generation_logits"], strict=True
-    ):
+    for prompt, new, logits in zip(pair.prompts, pair.continuations, pair.output["generation_logits"], strict=True):
         assert_close(logits, hf_logits(pair, prompt + new)[len(prompt) - 1 : -1])
 
 

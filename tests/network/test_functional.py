@@ -53,9 +53,7 @@ def attend(**changes: Any) -> tuple[Tensor, Tensor]:
         "hidden_size_per_head": 8,
         "rotary_embedding_dim": 8,
     }
-    tensors = {
-        name: Tensor(name, *changes.pop(name, default)) for name, default in operands.items()
-    }
+    tensors = {name: Tensor(name, *changes.pop(name, default)) for name, default in operands.items()}
     return gpt_attention(**tensors, **settings | changes)
 
 
@@ -100,7 +98,10 @@ def test_a_cast_to_the_same_dtype_adds_no_node(network: Network) -> None:
         (lambda: rms_norm(x("n", 4), x(5, name="w")), r"rms_norm: w: float16\[5\] does not fit x: float16\[n, 4\]"),
         (lambda: rms_norm(x("n", dtype="float32"), x(5, name="w")), "rms_norm: x: .* is not a matrix"),
         (lambda: matmul(x("n", 4), x(9, 5, name="w")), r"matmul: w: float16\[9, 5\] should have 4 columns"),
-        (lambda: matmul(x("n", 4), x(9, 4, name="w", dtype="float32")), "w: float32.* has another dtype than x: float16"),
+        (
+            lambda: matmul(x("n", 4), x(9, 4, name="w", dtype="float32")),
+            "w: float32.* has another dtype than x: float16",
+        ),
         (lambda: matmul(x("n", 4), x(9, 4, name="w"), x(8, name="b")), r"matmul: b: float16\[8\] does not fit w"),
         (lambda: matmul(x("n", 4, dtype="int32"), x(9, 4, name="w")), "matmul: x: int32.* not a matrix of floats"),
         (lambda: add(x("n", 4), x("n", 5, name="y")), r"add: x: float16\[n, 4\] and y: float16\[n, 5\] differ"),
@@ -126,7 +127,10 @@ def test_a_cast_to_the_same_dtype_adds_no_node(network: Network) -> None:
         (lambda: attend(rotary_embedding_dim=10), "rotary_embedding_dim is 10"),
         (lambda: attend(rotary_embedding_scale_type=RotaryScalingType.linear), "linear RoPE scaling is not supported"),
         (lambda: attend(rotary_embedding_scale_type=RotaryScalingType.dynamic), "rotary_embedding_max_positions is 0"),
-        (lambda: attend(use_logn_scaling=True, rotary_embedding_max_positions=1), "rotary_embedding_max_positions is 1"),
+        (
+            lambda: attend(use_logn_scaling=True, rotary_embedding_max_positions=1),
+            "rotary_embedding_max_positions is 1",
+        ),
     ],
 )
 def test_an_op_refuses_operands_that_do_not_fit(make: Callable[[], object], message: str) -> None:
@@ -141,7 +145,9 @@ def test_heads_must_share_kv_heads_evenly() -> None:
 
 def test_dynamic_rope_and_logn_are_attributes_of_the_node(network: Network) -> None:
     attend(
-        rotary_embedding_scale_type=RotaryScalingType.dynamic, rotary_embedding_max_positions=2048, use_logn_scaling=True
+        rotary_embedding_scale_type=RotaryScalingType.dynamic,
+        rotary_embedding_max_positions=2048,
+        use_logn_scaling=True,
     )
     attrs = network.nodes[0].attrs
     assert (attrs["ntk_length"], attrs["logn_length"]) == (2048, 2048)

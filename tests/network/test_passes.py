@@ -42,7 +42,10 @@ def evaluate(network: Network) -> dict[str, torch.Tensor]:
     executor = Executor(plan, weights, reference_kernels(), torch.device("cpu"))
     inputs = {spec.name: values(spec.name, spec.shape) for spec in plan.inputs}
     made = executor.run(inputs, NO_STEP, keep=set(plan.marks.values()))
-    return {**{name: made[tensor] for name, tensor in plan.marks.items()}, **{name: made[name] for name in plan.outputs}}
+    return {
+        **{name: made[tensor] for name, tensor in plan.marks.items()},
+        **{name: made[name] for name in plan.outputs},
+    }
 
 
 def assert_same_results(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> None:
@@ -118,11 +121,15 @@ def test_every_precision_is_fused(dtype: str) -> None:
 
 def test_marks_survive_all_passes() -> None:
     plain, optimized = (describe_config(make_config(num_hidden_layers=2), optimized=flag) for flag in (False, True))
-    assert list(optimized.marks) == list(plain.marks) == [
-        "embedding",
-        *(f"layers.{layer}.{name}" for layer in range(2) for name in ("attention", "mlp", "output")),
-        "logits",
-    ]
+    assert (
+        list(optimized.marks)
+        == list(plain.marks)
+        == [
+            "embedding",
+            *(f"layers.{layer}.{name}" for layer in range(2) for name in ("attention", "mlp", "output")),
+            "logits",
+        ]
+    )
 
 
 def test_a_second_run_of_all_passes_finds_nothing() -> None:
