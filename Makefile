@@ -9,7 +9,7 @@ ENGINE := engines/tiny_qwen_chat
 demo: $(VENV)/ready
 	$(PYTHON) examples/qwen/build.py --hf_model_dir $(CHECKPOINT) --output_dir $(ENGINE) --dtype float32 \
 		--max_input_len 512 --max_output_len 512
-	$(PYTHON) examples/qwen/run.py --engine_dir $(ENGINE) --tokenizer_dir $(CHECKPOINT) --top_k 1 \
+	$(PYTHON) examples/qwen/run.py --engine_dir $(ENGINE) --tokenizer_dir $(CHECKPOINT) \
 		--input_text "你好，请问你叫什么？"
 
 test: $(VENV)/ready

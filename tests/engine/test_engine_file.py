@@ -1,4 +1,4 @@
-"""Engine files: written whole or not at all, read back bit for bit, and refused when anything is not as it was written."""
+"""Engine files: written whole or not at all, read back bit for bit, refused when anything is not as written."""
 
 import json
 import os

@@ -1,7 +1,7 @@
-"""Sequences that go through a paged gpt_attention in two steps, and the same attention written down plainly in float64.
+"""Sequences that go through a paged gpt_attention in two steps, and the same attention written plainly in float64.
 
-A sequence is (cached, new, prompt): tokens of the first step, tokens of the second, and the prompt length that fixes its
-NTK alpha. Blocks are owned in random order, block 0 by none, and every slot that no token was written to is NaN.
+A sequence is (cached, new, prompt): tokens of the first step, tokens of the second, and the prompt length, which fixes
+its NTK alpha. Blocks are owned in random order, block 0 by none, and every slot that no token was written to is NaN.
 """
 
 import math

@@ -99,7 +99,8 @@ def test_an_optimized_layer_has_fused_nodes() -> None:
         *HEAD,
         "layers.0.add_rms_norm/1, layers.0.add_rms_norm/2 = add_rms_norm(vocab_embedding.embedding/1, "
         "layers.0.attention.dense.matmul/1, layers.0.ln_2.weight)",
-        "layers.0.mlp.gated_mlp/1 = gated_mlp(layers.0.add_rms_norm/2, layers.0.mlp.fc.weight, layers.0.mlp.gate.weight)",
+        "layers.0.mlp.gated_mlp/1 = gated_mlp(layers.0.add_rms_norm/2, layers.0.mlp.fc.weight, "
+        "layers.0.mlp.gate.weight)",
         "layers.0.mlp.proj.matmul/1 = matmul(layers.0.mlp.gated_mlp/1, layers.0.mlp.proj.weight)",
         "layers.0.add/2 = add(layers.0.add_rms_norm/1, layers.0.mlp.proj.matmul/1)",
         "gather_last_token/1 = gather_last_token(layers.0.add/2, last_token_ids)",
