@@ -132,6 +132,8 @@ def split_qkv(sources: tuple[Source, ...], config: QWenConfig, mapping: Mapping)
     With more ranks than key/value heads, tp_size / num_key_value_heads neighbours hold the same head.
     """
     heads, kv_heads, tp_size = config.num_attention_heads, config.num_key_value_heads, mapping.tp_size
+    if len(sources) == tp_size == 1:
+        return whole(sources, config, mapping)  # it lies in this order; pieces would be copied together
     q_count, kv_count = _equal_share("num_attention_heads", heads, tp_size), -(-kv_heads // tp_size)
     if kv_heads % tp_size and tp_size % kv_heads:
         raise ValueError(f"num_key_value_heads is {kv_heads}: neither it nor tp_size {tp_size} divides the other")
