@@ -217,9 +217,9 @@ def write_networks(engines: list[Engine], folder: Path) -> None:
         (folder / f"network_rank{engine.config.rank}.txt").write_text(f"{engine.plan}\n")
 
 
-# Pages around a mapped tensor count as this process's too, as far as the page cache has them: builds of one checkpoint
-# (1.8B, float16, on Linux 6) peaked at 0.83 to 0.99 GiB, where 0.80 are accounted for.
-_MAPPING_SHARE = 1.1
+# Tensors below 32 MB that are put together (q, k and v of Qwen2) or cast lie on the heap, which does not always reuse
+# the place of the last one: builds of one checkpoint (1.8B, float16) peaked at 0.83 to 0.99 GiB for 0.80 in use.
+_HEAP_SHARE = 1.1
 
 
 @dataclass(frozen=True)
@@ -240,7 +240,7 @@ class Estimate:
         limits = engine.config.limits
         return cls(
             # Torch itself, then the largest tensor: as the checkpoint's mapped file holds it, and as it is cast.
-            host=int(_MAPPING_SHARE * (_peak_host_bytes() + largest * bytes_per_element)),
+            host=int(_HEAP_SHARE * (_peak_host_bytes() + largest * bytes_per_element)),
             disk=engine.weight_bytes * args.world_size,
             weights=engine.weight_bytes,
             kv_cache=engine.config.kv_bytes_per_token * limits.max_batch_size * limits.max_seq_len,
