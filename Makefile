@@ -17,9 +17,11 @@ test: $(VENV)/ready
 	$(PYTHON) -m mypy
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2
 
+# A CUDA build of torch brings the triton it needs; beside a CPU build triton serves the tests of the kernels.
 $(VENV)/ready: requirements.txt pyproject.toml
 	python3 -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable . \
 		|| $(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	$(PYTHON) -c "import triton" 2>/dev/null || $(PYTHON) -m pip install --quiet --disable-pip-version-check triton==3.6.0
 	touch $@

@@ -6,15 +6,27 @@ Knows no kernel and no device: the engine is portable, kernels are chosen where 
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 
 from .engine import Engine, EngineConfig
 from .limits import Limits
-from .models.qwen.model import QWenForCausalLM
+from .mapping import Mapping as RankMapping
 from .network import Network
 from .parameter import Parameter
 from .passes import optimize
+
+
+class Model(Protocol):
+    """What the builder asks of a model besides its network."""
+
+    dtype: str
+    mapping: RankMapping
+
+    def engine_facts(self) -> dict[str, Any]:
+        """The fields of EngineConfig that describe the architecture."""
+        ...
 
 
 class Builder:
@@ -23,27 +35,12 @@ class Builder:
     def create_network(self) -> Network:
         return Network()
 
-    def create_builder_config(self, model: QWenForCausalLM, limits: Limits) -> EngineConfig:
+    def create_builder_config(self, model: Model, limits: Limits) -> EngineConfig:
         """What the engine of `model` says of itself."""
-        config, mapping = model.config, model.mapping
+        mapping = model.mapping
         return EngineConfig(
-            name="qwen",
-            architecture=config.architecture,
+            **model.engine_facts(),
             precision=model.dtype,
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            inter_size=config.mlp_hidden_size,
-            num_layers=config.num_hidden_layers,
-            num_heads=config.num_attention_heads,
-            num_kv_heads=config.num_key_value_heads,
-            head_size=config.head_size,
-            hidden_act="silu",
-            max_position_embeddings=config.max_position_embeddings,
-            seq_length=config.seq_length,
-            rotary_base=config.rotary_base,
-            use_dynamic_ntk=config.use_dynamic_ntk,
-            use_logn_attn=config.use_logn_attn,
-            norm_epsilon=config.norm_epsilon,
             quant_mode=0,
             world_size=mapping.world_size,
             rank=mapping.rank,

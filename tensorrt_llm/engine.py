@@ -95,10 +95,6 @@ class EngineConfig:
             )
 
     @property
-    def num_heads_per_rank(self) -> int:
-        return self.num_heads // self.tp_size
-
-    @property
     def num_kv_heads_per_rank(self) -> int:
         return -(-self.num_kv_heads // self.tp_size)
 
@@ -106,6 +102,12 @@ class EngineConfig:
     def kv_bytes_per_token(self) -> int:
         """Bytes that one token takes in this rank's cache, all layers."""
         return 2 * self.num_layers * self.num_kv_heads_per_rank * self.head_size * itemsize(self.precision)
+
+    @property
+    def activation_bytes(self) -> int:
+        """An upper estimate of what one step holds besides weights and cache, the logits of all its tokens included."""
+        per_token = 4 * (6 * self.hidden_size + 4 * self.inter_size + self.vocab_size)
+        return self.limits.max_num_tokens * per_token
 
     @property
     def engine_name(self) -> str:

@@ -4,6 +4,7 @@ A build streams: a loader set here reads one tensor when it is asked for and nob
 host never holds the model. Knows nothing of files or checkpoints.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -42,18 +43,21 @@ class Parameter:
         self._loader = loader
 
     def load(self) -> torch.Tensor:
-        """The data, contiguous, in this parameter's dtype. A finite value that the dtype can't hold is a ValueError."""
+        """The data, contiguous, in this parameter's dtype; a value that is not finite or doesn't fit is a ValueError."""
         if self._loader is None:
             raise ValueError(f"parameter {self.name} has no data; load the model's weights before building")
         tensor = self._loader()
         self._check_shape(tensor)
         cast = tensor.to(torch_dtype(self.dtype)).contiguous()
-        # Only fp16 is narrower in range than what checkpoints hold; an inf made here would end as NaN logits.
-        # The two ends tell, without a temporary of the tensor's size.
-        if self.dtype == "float16" and tensor.dtype != torch.float16 and not _ends(cast).isfinite().all():
+        # An inf or NaN let through here would end as NaN logits. The two ends tell, without a temporary of the
+        # tensor's size.
+        if not _ends(cast).isfinite().all():
             largest = _ends(tensor).abs().max().item()
+            if not math.isfinite(largest):
+                raise ValueError(f"{self.name}: the data holds NaN or infinite values; the checkpoint is damaged")
             raise ValueError(
-                f"{self.name}: largest magnitude {largest:g} does not fit float16 (at most 65504); build with bfloat16"
+                f"{self.name}: largest magnitude {largest:g} does not fit {self.dtype} "
+                f"(at most {torch.finfo(cast.dtype).max:g}); build with bfloat16"
             )
         return cast
 

@@ -31,7 +31,7 @@ ALLOWED = {
     "models": {"functional", "layers", "mapping", "module", "network"},
     "passes": {"network"},
     "engine": {"dtype", "limits", "plan"},
-    "builder": {"engine", "limits", "models", "network", "parameter", "passes"},
+    "builder": {"engine", "limits", "mapping", "network", "parameter", "passes"},
     "kernels": {"dtype"},
     "runtime": {"dtype", "engine", "kernels", "limits", "plan", "tokenizer"},
 }

@@ -2,9 +2,10 @@
 
     python3 tools/measure_gpu.py --output figures.json
 
-Runs from a bare checkout. Each part is a command of examples/qwen or a function here; one that fails prints its error
-and the others go on. The last thing printed is a table of figures beside their targets. On a machine without a GPU the
-same runs with small numbers (--hidden_size 64 --num_layers 2 ... --device cpu) show that it works, not how fast.
+Runs from a bare checkout; the part rouge needs the package rouge-score. Each part is a command of examples/qwen or a
+function here; one that fails prints its error and the others go on. The last thing printed is a table of figures beside
+their targets. On a machine without a GPU the same runs with small numbers (--hidden_size 64 --num_layers 2 ...
+--device cpu) show that it works, not how fast.
 """
 
 import gc
@@ -29,6 +30,7 @@ import torch  # noqa: E402
 from articles import BUNDLED_ARTICLES, load_articles  # noqa: E402
 from backends import DATA_TYPES, Backend, EngineBackend, HfBackend  # noqa: E402
 from command_line import flag, log_level_flag, run_script  # noqa: E402
+from rouge import new_scorer  # noqa: E402
 from summarize import Task, make_tasks  # noqa: E402
 from table import markdown_table  # noqa: E402
 
@@ -109,9 +111,16 @@ def main(args: MeasureArgs) -> int:
 
 
 def describe_machine(device: torch.device) -> dict[str, str]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    return {"device": name, "torch": torch.__version__, "commit": commit.stdout.strip() or "unknown"}
+    return {"device": name, "torch": torch.__version__, "commit": commit_of_checkout()}
+
+
+def commit_of_checkout() -> str:
+    try:
+        done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    except OSError:  # a machine without git still measures
+        return "unknown"
+    return done.stdout.strip() or "unknown"
 
 
 def run(clock: Clock, script: str, **flags: object) -> None:
@@ -248,6 +257,7 @@ def logit_error(found: list[torch.Tensor], exact: list[torch.Tensor]) -> dict[st
 
 
 def measure_rouge(args: MeasureArgs, folder: Path, clock: Clock) -> tuple[dict[str, Any], list[Row]]:
+    new_scorer()  # a missing package is found before engines are built
     engine_dirs = []
     for dtype in DATA_TYPES.values():
         engine_dirs.append(folder / f"summarize_{dtype}")

@@ -10,8 +10,6 @@ from typing import Any, Protocol
 import torch
 
 from tensorrt_llm import Engine
-from tensorrt_llm.dtype import torch_dtype
-from tensorrt_llm.models import QWenConfig
 from tensorrt_llm.runtime import GenerationSession, SamplingConfig, Session
 
 # The names of the flag --data_type.
@@ -57,12 +55,12 @@ class HfBackend:
         self, hf_model_dir: Path, data_type: str, device: torch.device, *, dummy_weights: bool = False
     ) -> None:
         # Imported here because transformers takes seconds to load, which an engine's start must not be charged with.
-        from hf_model import load_hf_model
+        from hf_model import load_hf_model, random_hf_model
         from transformers import GenerationConfig
 
         self.name = f"HF {DATA_TYPES[data_type]}"
         self.device = device
-        load = _random_hf_model if dummy_weights else load_hf_model
+        load = random_hf_model if dummy_weights else load_hf_model
         self._model: Any = load(hf_model_dir, DATA_TYPES[data_type], self.device)
         # A checkpoint's recommendations (sampling, penalties, end ids) must not add to what is asked for.
         self._model.generation_config = GenerationConfig()
@@ -98,27 +96,3 @@ class HfBackend:
 def _until_end(ids: list[int], end_ids: frozenset[int]) -> list[int]:
     end = next((position for position, token_id in enumerate(ids) if token_id in end_ids), len(ids))
     return ids[: end + 1]
-
-
-def _random_hf_model(hf_model_dir: Path, dtype: str, device: torch.device) -> Any:
-    """The model that config.json describes with random weights, made on the device."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    config = QWenConfig.from_hf_dir(hf_model_dir)
-    head_size: dict[str, Any] = {"head_dim": config.head_size}  # known to every version, declared by none
-    hf_config = Qwen2Config(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.mlp_hidden_size,
-        num_hidden_layers=config.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_key_value_heads,
-        max_position_embeddings=config.max_position_embeddings,
-        rms_norm_eps=config.norm_epsilon,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rotary_base},
-        tie_word_embeddings=config.tie_word_embeddings,
-        **head_size,
-    )
-    with device:
-        model = Qwen2ForCausalLM._from_config(hf_config, dtype=torch_dtype(dtype))
-    return model.eval()

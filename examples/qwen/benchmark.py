@@ -52,6 +52,8 @@ class BenchmarkArgs:
 
     def check(self) -> None:
         """Raise a ValueError for flags that are out of range or do not go together."""
+        if self.output_json:
+            self.output_json.parent.mkdir(parents=True, exist_ok=True)
         if self.backend != "hf" and self.engine_dir is None:
             raise ValueError(f"--engine_dir is missing, expected the folder of an engine for --backend {self.backend}")
         if self.backend != "trt_llm" and self.hf_model_dir is None:

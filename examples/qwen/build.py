@@ -164,10 +164,11 @@ def build_in_parallel(args: BuildArgs, config: QWenConfig, folder: Path) -> None
             raise ValueError(
                 "the process of a rank was killed, as happens when memory runs out; build without --parallel_build"
             ) from error
-        finally:
-            # After an error or an interrupt nobody wants the other ranks; otherwise these are idle.
+        except BaseException:
+            # After an error or an interrupt nobody wants the other ranks.
             for process in multiprocessing.active_children():
                 process.terminate()
+            raise
 
 
 @contextmanager
@@ -244,7 +245,7 @@ class Estimate:
             disk=engine.weight_bytes * args.world_size,
             weights=engine.weight_bytes,
             kv_cache=engine.config.kv_bytes_per_token * limits.max_batch_size * limits.max_seq_len,
-            activations=limits.max_num_tokens * 4 * (6 * engine.config.hidden_size + 4 * engine.config.inter_size),
+            activations=engine.config.activation_bytes,
         )
 
     def check_disk(self, output_dir: Path) -> None:

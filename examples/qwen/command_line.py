@@ -12,6 +12,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, NoReturn, TypeVar, get_args, get_origin
 
+import torch
+
 Args = TypeVar("Args")
 
 # The original's level names, which are TensorRT's.
@@ -101,6 +103,10 @@ def run_script(main: Callable[[Args], int | None], cls: type[Args], description:
         sys.exit(main(args) or 0)
     except (ValueError, OSError) as error:
         print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(1)
+    except torch.OutOfMemoryError as error:
+        first_line = str(error).splitlines()[0]
+        print(f"{name}: error: the device has too little memory for this engine: {first_line}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)

@@ -7,6 +7,7 @@ multiplies by one. Beyond that length the baseline is NOT the original model. Kn
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from hf_checkpoint import HfCheckpoint
@@ -46,8 +47,17 @@ def load_hf_model(hf_model_dir: str | Path, dtype: str, device: str | torch.devi
     return model.eval().to(device)
 
 
-def _load_qwen1(checkpoint: HfCheckpoint, config: QWenConfig, dtype: torch.dtype) -> PreTrainedModel:
-    qwen2_config = Qwen2Config(
+def random_hf_model(hf_model_dir: str | Path, dtype: str, device: str | torch.device) -> PreTrainedModel:
+    """The model that config.json describes, with random weights made on `device`; no other file is needed."""
+    config = QWenConfig.from_hf_dir(hf_model_dir)
+    with torch.device(device):
+        model = Qwen2ForCausalLM._from_config(_as_qwen2_config(config), dtype=torch_dtype(dtype))
+    return model.eval()
+
+
+def _as_qwen2_config(config: QWenConfig) -> Qwen2Config:
+    head_size: dict[str, Any] = {"head_dim": config.head_size}  # known to every version, declared by none
+    return Qwen2Config(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
         intermediate_size=config.mlp_hidden_size,
@@ -58,10 +68,14 @@ def _load_qwen1(checkpoint: HfCheckpoint, config: QWenConfig, dtype: torch.dtype
         rms_norm_eps=config.norm_epsilon,
         rope_parameters={"rope_type": "default", "rope_theta": config.rotary_base},
         tie_word_embeddings=config.tie_word_embeddings,
+        **head_size,
     )
+
+
+def _load_qwen1(checkpoint: HfCheckpoint, config: QWenConfig, dtype: torch.dtype) -> PreTrainedModel:
     # The tensors are backed by the shards: transformers copies them out one by one.
     tensors = dict(_as_qwen2(checkpoint, config))
-    model = Qwen2ForCausalLM.from_pretrained(None, config=qwen2_config, state_dict=tensors, dtype=dtype)
+    model = Qwen2ForCausalLM.from_pretrained(None, config=_as_qwen2_config(config), state_dict=tensors, dtype=dtype)
     if (checkpoint.directory / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.directory)
     return model

@@ -69,6 +69,15 @@ class RunArgs:
     log_level: str = log_level_flag("error")
     use_py_session: bool = flag(False, help="accepted: there is one session")
 
+    def check(self) -> None:
+        """Raise a ValueError for flags that are out of range or do not go together."""
+        for name in ("streaming_interval", "max_input_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} is {value}, expected at least 1")
+        if self.streaming and (self.output_csv or self.output_npy or self.output_logits_npy):
+            raise ValueError("--streaming prints as text comes, expected no --output_* file with it")
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -77,8 +86,7 @@ class Prompt:
 
 
 def main(args: RunArgs) -> None:
-    if args.streaming_interval < 1:
-        raise ValueError(f"--streaming_interval is {args.streaming_interval}, expected at least 1")
+    args.check()
     tokenizer = load_tokenizer(args.tokenizer_dir) if args.tokenizer_dir else None
     if args.debug_mode:
         engine = Engine.from_dir(args.engine_dir)

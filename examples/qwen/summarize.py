@@ -102,6 +102,8 @@ class SummarizeArgs:
             raise ValueError(f"--hf_model_dir is missing, expected a checkpoint's folder for --backend {self.backend}")
         if self.tokenizer_dir is None and self.hf_model_dir is None:
             raise ValueError("--tokenizer_dir is missing, expected the folder of the checkpoint or its tokenizer")
+        if self.output_json:
+            self.output_json.parent.mkdir(parents=True, exist_ok=True)
         if self.check_accuracy and not self.runs_engines:
             raise ValueError("--check_accuracy is about engines, expected --backend trt_llm or both")
 

@@ -16,7 +16,7 @@ from ..tokenizer import StopStringMatcher, TextStream, Tokenizer
 from .batch import Batch
 from .decode_tensors import DecodeOutput, Prompt, read_prompt, split_prompts
 from .kv_cache import BlockAllocator
-from .request import FinishReason, Request, Sampling, SamplingConfig
+from .request import FinishReason, Request, Sampling, SamplingConfig, check_prompt
 from .sampling import Sampled, Sampler
 from .scheduler import Scheduler
 from .session import Session
@@ -112,13 +112,7 @@ class GenerationSession:
         """A request that this engine can serve; else a ValueError that begins with `name`."""
         ids = read_prompt(prompt_ids, name)
         limits, vocab_size = self.limits, self.config.vocab_size
-        if not ids:
-            raise ValueError(f"{name} is empty, expected at least one token")
-        if min(ids) < 0 or max(ids) >= vocab_size:
-            wrong = min(ids) if min(ids) < 0 else max(ids)
-            raise ValueError(f"{name} holds token id {wrong}, expected 0 to {vocab_size - 1} (vocab_size - 1)")
-        if len(ids) > limits.max_input_len:
-            raise ValueError(f"{name} has {len(ids)} tokens, expected at most {limits.max_input_len} (max_input_len)")
+        check_prompt(ids, limits, vocab_size, name)
         if len(ids) + sampling.max_new_tokens > limits.max_seq_len:
             raise ValueError(
                 f"{name} has {len(ids)} tokens, with max_new_tokens {sampling.max_new_tokens} that makes "

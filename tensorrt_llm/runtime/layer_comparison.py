@@ -11,7 +11,7 @@ import torch
 
 from ..engine import Engine
 from .batch import Batch, Row
-from .request import Request, SamplingConfig
+from .request import Request, SamplingConfig, check_prompt
 from .session import Session
 
 # Relative error (Frobenius) that rounding explains: some roundings per layer, each half a unit in the last place,
@@ -51,6 +51,7 @@ class LayerComparison:
 
 def compare_layers(engine: Engine, prompt_ids: Sequence[int], device: str | None = None) -> list[LayerComparison]:
     """All marked tensors of the prompt's prefill, in network order."""
+    check_prompt(prompt_ids, engine.config.limits, engine.config.vocab_size, "the prompt")
     tolerance = _TOLERANCES[engine.config.precision]
     found = _run(engine, prompt_ids, device, reference=False)
     expected = _run(engine, prompt_ids, device, reference=True)
@@ -68,7 +69,7 @@ def compare_layers(engine: Engine, prompt_ids: Sequence[int], device: str | None
 
 
 def _run(engine: Engine, prompt_ids: Sequence[int], device: str | None, reference: bool) -> dict[str, torch.Tensor]:
-    session = Session(engine, device, kv_cache_tokens=len(prompt_ids), reference=reference)
+    session = Session(engine, device, kv_cache_tokens=len(prompt_ids), reference=reference, use_cuda_graphs=False)
     request = Request(0, list(prompt_ids), SamplingConfig().for_sequence(0, 1))
     request.blocks = list(range(1, session.num_blocks))  # block 0 is scratch
     values = session.run_marked(Batch((Row(request, start=0, length=len(prompt_ids), num_logits=1),)))

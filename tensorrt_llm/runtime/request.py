@@ -14,6 +14,8 @@ from numbers import Integral, Real
 from random import Random
 from typing import Any, NamedTuple
 
+from ..limits import Limits
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -296,3 +298,14 @@ class Request:
 
     def _ends_with(self, word: tuple[int, ...]) -> bool:
         return not word or tuple(self.token_ids[-len(word) :]) == word
+
+
+def check_prompt(ids: Sequence[int], limits: Limits, vocab_size: int, name: str) -> None:
+    """A ValueError that begins with `name` for a prompt that an engine of these limits cannot take."""
+    if not ids:
+        raise ValueError(f"{name} is empty, expected at least one token")
+    if min(ids) < 0 or max(ids) >= vocab_size:
+        wrong = min(ids) if min(ids) < 0 else max(ids)
+        raise ValueError(f"{name} holds token id {wrong}, expected 0 to {vocab_size - 1} (vocab_size - 1)")
+    if len(ids) > limits.max_input_len:
+        raise ValueError(f"{name} has {len(ids)} tokens, expected at most {limits.max_input_len} (max_input_len)")

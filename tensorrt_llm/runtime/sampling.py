@@ -146,7 +146,7 @@ def _with_log_probs(ids: torch.Tensor, logits: torch.Tensor) -> Sampled:
 def _check_finite(tokens: list[int], requests: Sequence[Request]) -> None:
     if _BROKEN in tokens:
         broken = [request.id for request, token in zip(requests, tokens, strict=True) if token == _BROKEN]
-        raise RuntimeError(
+        raise ValueError(
             f"no next token for request {broken[0]} ({len(broken)} of {len(requests)} in this step): its largest logit "
             f"is not a finite number: the model overflows at this precision, its weights are broken, or every token is "
             f"banned"

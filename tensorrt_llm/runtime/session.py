@@ -58,9 +58,10 @@ class Session:
         if self.config.world_size > 1:
             raise ValueError(
                 f"{self.config.engine_name} is one of {self.config.world_size} ranks; "
-                f"running several ranks is not supported yet, build with --world_size 1"
+                f"running several ranks is not supported yet, build with --world_size 1 --tp_size 1"
             )
         if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # Triton launches and graphs are captured on the current device
             _forbid_reduced_precision()
         kernels = reference_kernels() if reference else kernels_for(self.device)
         self._executor = Executor(engine.plan, engine.weights, kernels, self.device, float32=reference)
@@ -108,13 +109,15 @@ class Session:
             return 1 - (-kv_cache_tokens // limits.tokens_per_block)
         wanted = 1 + limits.max_batch_size * limits.max_blocks_per_seq
         bytes_per_token = self.config.kv_bytes_per_token // itemsize(self.config.precision) * itemsize(self._kv_dtype)
-        free = _free_bytes(self.device) - self._activation_bytes()
+        free = _free_bytes(self.device) - self.config.activation_bytes
         affordable = int(max(free, 0) * _KV_SHARE[self.device.type]) // (bytes_per_token * limits.tokens_per_block)
         if affordable < 2:
             raise ValueError(
-                f"no memory for the KV cache on {self.device}: {free / 2**30:.2f} GiB are left after weights and "
-                f"activations, a block of {limits.tokens_per_block} tokens takes "
-                f"{bytes_per_token * limits.tokens_per_block / 2**30:.3f} GiB"
+                f"no memory for the KV cache on {self.device}: {_free_bytes(self.device) / 2**30:.2f} GiB are free "
+                f"beside the weights, a step of max_num_tokens={limits.max_num_tokens} takes up to "
+                f"{self.config.activation_bytes / 2**30:.2f} GiB, a block of {limits.tokens_per_block} tokens "
+                f"{bytes_per_token * limits.tokens_per_block / 2**30:.3f} GiB; free memory, or build with a smaller "
+                f"--max_num_tokens"
             )
         if affordable < wanted:
             logger.info(
@@ -123,12 +126,6 @@ class Session:
                 (wanted - 1) * limits.tokens_per_block,
             )
         return min(wanted, affordable)
-
-    def _activation_bytes(self) -> int:
-        """An upper estimate of what one step holds besides weights and cache."""
-        config, limits = self.config, self.config.limits
-        per_token = 4 * (6 * config.hidden_size + 4 * config.inter_size)
-        return limits.max_num_tokens * per_token + 4 * 4 * limits.max_batch_size * config.vocab_size
 
 
 def _free_bytes(device: torch.device) -> int:

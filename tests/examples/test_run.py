@@ -159,3 +159,24 @@ def test_a_mistake_is_one_clear_line(
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
     last_line = done.stderr.strip().splitlines()[-1]
     assert done.returncode == code and message in last_line and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"max_input_length": -3}, "--max_input_length is -3"),
+        ({"streaming": True, "output_npy": Path("out.npy")}, "no --output_"),
+        ({"streaming_interval": 0}, "--streaming_interval is 0"),
+    ],
+)
+def test_flags_that_make_no_sense_are_refused(flags: dict[str, object], message: str, engine_dir: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        run.main(run_args(engine_dir, **flags))
+
+
+@pytest.mark.parametrize(("ids", "message"), [([99999], "token id 99999"), ([1] * 65, "65 tokens"), ([-1, 2], "-1")])
+def test_the_debug_run_checks_its_prompt(ids: list[int], message: str, engine_dir: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "in.npy"
+    np.save(prompts, np.array([ids]))
+    with pytest.raises(ValueError, match=message):
+        run.main(run_args(engine_dir, input_file=prompts, debug_mode=True))

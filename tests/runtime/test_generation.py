@@ -346,7 +346,7 @@ def test_after_an_error_in_a_step_nothing_is_left_behind() -> None:
     session = FakeSession()
     generation = make_generation(session)
     session.logits_after = lambda ids: torch.full((VOCAB_SIZE,), float("nan"))  # type: ignore[method-assign]
-    with pytest.raises(RuntimeError, match="no next token"):
+    with pytest.raises(ValueError, match="no next token"):
         generation.decode_batch(PROMPTS, SamplingConfig())
     assert not generation.has_work
     generation._allocator.check_balanced()

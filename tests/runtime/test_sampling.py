@@ -192,13 +192,13 @@ def test_the_logits_stay_as_they_are(config: dict[str, Any]) -> None:
 def test_broken_logits_are_an_error_that_names_the_request(broken: float, config: dict[str, Any]) -> None:
     logits = random_logits(2)
     logits[1, 7] = broken
-    with pytest.raises(RuntimeError, match=r"no next token for request 42 \(1 of 2 in this step\)"):
+    with pytest.raises(ValueError, match=r"no next token for request 42 \(1 of 2 in this step\)"):
         Sampler(CPU).sample(logits, [make_request(41, **config), make_request(42, **config)])
 
 
 def test_banning_every_token_is_an_error() -> None:
     everything = [[token] for token in range(VOCAB_SIZE)]
-    with pytest.raises(RuntimeError, match="every token is banned"):
+    with pytest.raises(ValueError, match="every token is banned"):
         Sampler(CPU).sample(random_logits(1), [make_request(bad_words_list=everything)])
 
 

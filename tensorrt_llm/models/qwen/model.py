@@ -4,6 +4,8 @@ Per layer: h = x + dense(attention(rms(x))), x = h + proj(silu(fc(rms(h))) * gat
 Qwen-1's w2 is `fc`, w1 is `gate`; Qwen2's gate_proj is `fc`, up_proj is `gate`.
 """
 
+from typing import Any
+
 from ...functional import RotaryScalingType, cast, gather_last_token_logits
 from ...layers import (
     Attention,
@@ -93,6 +95,28 @@ class QWenForCausalLM(Module):
             share_weight=self.vocab_embedding.weight if shares_embedding else None,
             output_dtype="float32",
         )
+
+    def engine_facts(self) -> dict[str, Any]:
+        """What the engine says of the architecture; counts are of the whole model."""
+        config = self.config
+        return {
+            "name": "qwen",
+            "architecture": config.architecture,
+            "vocab_size": config.vocab_size,
+            "hidden_size": config.hidden_size,
+            "inter_size": config.mlp_hidden_size,
+            "num_layers": config.num_hidden_layers,
+            "num_heads": config.num_attention_heads,
+            "num_kv_heads": config.num_key_value_heads,
+            "head_size": config.head_size,
+            "hidden_act": "silu",
+            "max_position_embeddings": config.max_position_embeddings,
+            "seq_length": config.seq_length,
+            "rotary_base": config.rotary_base,
+            "use_dynamic_ntk": config.use_dynamic_ntk,
+            "use_logn_attn": config.use_logn_attn,
+            "norm_epsilon": config.norm_epsilon,
+        }
 
     def prepare_inputs(self, tokens_per_block: int) -> dict[str, object]:
         """The network inputs of `forward`, packed and paged; ranges are the engine's limits, not part of the graph."""
