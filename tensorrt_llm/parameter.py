@@ -43,7 +43,7 @@ class Parameter:
         self._loader = loader
 
     def load(self) -> torch.Tensor:
-        """The data, contiguous, in this parameter's dtype; a value that is not finite or doesn't fit is a ValueError."""
+        """The data, contiguous, in this parameter's dtype; a value that is not finite or too large is an error."""
         if self._loader is None:
             raise ValueError(f"parameter {self.name} has no data; load the model's weights before building")
         tensor = self._loader()

@@ -2,7 +2,7 @@
 
     python3 tools/gpu_check.py --output kernels.json
 
-Runs from a bare checkout. Correctness is tests/kernels and tests/runtime there. A time is that of one op among a chain of
+Runs from a bare checkout. Correctness is tests/kernels and tests/runtime. A time is that of one op among a chain of
 copies of it, captured in one CUDA graph; the copies have weights and KV pools of their own, more than the L2 cache
 together, so each reads from memory. The floor is the bytes an op must move over the read rate measured here first.
 """
@@ -101,7 +101,7 @@ def main(args: CheckArgs) -> int:
 
 
 def run_tests() -> bool:
-    """Tests of kernels and runtime on the device, in a process of its own so that a crash there does not end the timings."""
+    """Tests of kernels and runtime on the device, in a process of its own: a crash there must not end the timings."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels", "tests/runtime"]
     return subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}).returncode == 0
 
