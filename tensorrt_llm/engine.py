@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from .dtype import PRECISIONS, itemsize, torch_dtype
-from .limits import Limits
+from .limits import LARGEST_COUNT, Limits
 from .plan import Plan, TensorSpec
 
 FORMAT = "tensorrt_llm.engine"
@@ -51,8 +51,6 @@ _ZERO_DIGEST = "0" * 64
 _MAX_HEADER_BYTES = 64 << 20
 # Weights start here and at each header length that is a multiple of it: enough for any aligned load.
 _ALIGNMENT = 256
-# Ids and lengths are int32 on the device.
-_LARGEST_COUNT = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -97,6 +95,11 @@ class EngineConfig:
     @property
     def num_kv_heads_per_rank(self) -> int:
         return -(-self.num_kv_heads // self.tp_size)
+
+    @property
+    def vocab_size_padded(self) -> int:
+        """Rows of the output layer: a multiple of tp_size."""
+        return -(-self.vocab_size // self.tp_size) * self.tp_size
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -161,8 +164,8 @@ def _check_field(name: str, kind: Any, value: Any) -> None:
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
         raise ValueError(f"engine config: {name} is {value!r}, expected {kind.__name__}")
     least = 0 if name in ("rank", "quant_mode") else 1
-    if kind is int and not least <= value <= _LARGEST_COUNT:
-        raise ValueError(f"engine config: {name} is {shortened(value)}, expected {least} to {_LARGEST_COUNT}")
+    if kind is int and not least <= value <= LARGEST_COUNT:
+        raise ValueError(f"engine config: {name} is {shortened(value)}, expected {least} to {LARGEST_COUNT}")
     if kind is float and not 0 < value <= sys.float_info.max:  # NaN is not, either
         raise ValueError(f"engine config: {name} is {shortened(value)}, expected a positive number")
 
@@ -177,7 +180,7 @@ class Engine:
 
     @property
     def weight_bytes(self) -> int:
-        return sum(_num_bytes(spec) for spec in self.plan.weights)
+        return sum(spec.num_bytes for spec in self.plan.weights)
 
     def save(self, path: Path, on_weight: Callable[[str], None] = lambda name: None) -> None:
         """Write the engine file; `on_weight` hears each weight's name before it is read.
@@ -230,7 +233,7 @@ class Engine:
         }
         begin = 0
         for spec in self.plan.weights:
-            end = begin + _num_bytes(spec)
+            end = begin + spec.num_bytes
             entries[spec.name] = {
                 "dtype": _SAFETENSORS_DTYPES[spec.dtype],
                 "shape": list(spec.shape),
@@ -312,13 +315,6 @@ class _FileWeights(Mapping[str, torch.Tensor]):
                     raise ValueError(
                         f"weight {name} has SHA-256 {digest}, expected {digests[name]}: the file was altered or damaged"
                     )
-
-
-def _num_bytes(spec: TensorSpec) -> int:
-    count = itemsize(spec.dtype)
-    for dim in spec.shape:
-        count *= int(dim)
-    return count
 
 
 def _bytes_of(tensor: torch.Tensor, spec: TensorSpec) -> memoryview:
@@ -404,7 +400,7 @@ def _check_tensors(header: dict[str, Any], plan: Plan, data_bytes: int) -> dict[
     for spec in plan.weights:
         if spec.dtype not in _SAFETENSORS_DTYPES:
             raise ValueError(f"weight {spec} is of a dtype that engines don't hold")
-        end = begin + _num_bytes(spec)
+        end = begin + spec.num_bytes
         expected = {
             "dtype": _SAFETENSORS_DTYPES[spec.dtype],
             "shape": list(spec.shape),
@@ -435,6 +431,5 @@ def _check_facts(config: EngineConfig, plan: Plan) -> None:
     if set(plan.outputs) != {"logits"}:
         raise ValueError(f"plan: outputs are {sorted(plan.outputs)}, expected logits")
     logits = next((made for node in plan.nodes for made in node.outputs if made.name == plan.outputs["logits"]), None)
-    padded_vocab_size = -(-config.vocab_size // config.tp_size) * config.tp_size
-    if logits is None or logits.dtype != "float32" or logits.shape != ("num_logits", padded_vocab_size):
-        raise ValueError(f"plan: logits are {logits}, expected float32[num_logits, {padded_vocab_size}]")
+    if logits is None or logits.dtype != "float32" or logits.shape != ("num_logits", config.vocab_size_padded):
+        raise ValueError(f"plan: logits are {logits}, expected float32[num_logits, {config.vocab_size_padded}]")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 
 # Lengths are int32 on the device; a larger limit would be accepted here and break there.
-_LARGEST = 2**31 - 1
+LARGEST_COUNT = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -19,10 +19,10 @@ class Limits:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _LARGEST:
-                raise ValueError(f"{field.name} is {value!r}, expected an integer from 1 to {_LARGEST}")
-        if self.max_seq_len > _LARGEST:
-            raise ValueError(f"max_input_len + max_output_len is {self.max_seq_len}, expected at most {_LARGEST}")
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST_COUNT:
+                raise ValueError(f"{field.name} is {value!r}, expected an integer from 1 to {LARGEST_COUNT}")
+        if self.max_seq_len > LARGEST_COUNT:
+            raise ValueError(f"max_input_len + max_output_len is {self.max_seq_len}, expected at most {LARGEST_COUNT}")
         if self.tokens_per_block & (self.tokens_per_block - 1):
             raise ValueError(f"tokens_per_block is {self.tokens_per_block}, expected a power of two")
         if self.max_num_tokens < self.max_batch_size:

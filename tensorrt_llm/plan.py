@@ -4,11 +4,12 @@ The border between the two halves of the project. The builder makes a Plan from 
 engine and never sees a Network. Knows no op: a node here is a name, its operands and its attributes.
 """
 
+import math
 from dataclasses import asdict, dataclass
 from reprlib import repr as shortened
 from typing import Any
 
-from .dtype import torch_dtype
+from .dtype import itemsize, torch_dtype
 
 Dim = int | str  # a number, or the name of a number that a step decides ("num_tokens")
 Attribute = int | float | str | bool | list[int]
@@ -23,6 +24,15 @@ class TensorSpec:
     name: str
     dtype: str
     shape: tuple[Dim, ...]
+
+    @property
+    def num_elements(self) -> int:
+        """For a tensor whose dims are all numbers."""
+        return math.prod(int(dim) for dim in self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_elements * itemsize(self.dtype)
 
     def __str__(self) -> str:
         return f"{self.name}: {self.dtype}[{', '.join(map(str, self.shape))}]"

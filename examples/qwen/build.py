@@ -21,7 +21,6 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 # A bare checkout works too, as on a GPU machine where nothing is installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -130,7 +129,7 @@ def describe_engine(args: BuildArgs, config: QWenConfig, rank: int) -> Engine:
 
 def save_engine(engine: Engine, folder: Path) -> None:
     """Write one rank's engine file, with a bar that names the layer in work."""
-    sizes = {spec.name: itemsize(spec.dtype) * _count(spec.shape) for spec in engine.plan.weights}
+    sizes = {spec.name: spec.num_bytes for spec in engine.plan.weights}
     label = f"rank {engine.config.rank}"
     with tqdm(total=engine.weight_bytes, unit="B", unit_scale=True, unit_divisor=1024, desc=label) as bar:
         done: list[str] = []
@@ -142,13 +141,6 @@ def save_engine(engine: Engine, folder: Path) -> None:
 
         engine.save(folder / engine.config.engine_name, on_weight)
         bar.update(sizes[done[-1]])
-
-
-def _count(shape: tuple[Any, ...]) -> int:
-    count = 1
-    for dim in shape:
-        count *= int(dim)
-    return count
 
 
 def build_in_parallel(args: BuildArgs, config: QWenConfig, folder: Path) -> None:
@@ -235,7 +227,7 @@ class Estimate:
 
     @classmethod
     def of(cls, engine: Engine, args: BuildArgs) -> "Estimate":
-        largest = max(_count(spec.shape) for spec in engine.plan.weights)
+        largest = max(spec.num_elements for spec in engine.plan.weights)
         stored = stored_dtype(args)
         bytes_per_element = itemsize(stored) + (itemsize(args.dtype) if stored != args.dtype else 0)
         limits = engine.config.limits

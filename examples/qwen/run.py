@@ -12,8 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
+from typing import Any
 
 # A bare checkout works too, as on a GPU machine where nothing is installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -181,12 +180,12 @@ def print_input(prompt: Prompt) -> None:
     print(f'Input: "{prompt.text}"' if prompt.text is not None else f"Input: {prompt.ids}")
 
 
-def describe_output(output: dict[str, object], index: int, start: int) -> str:
-    texts, lengths, ids = output.get("texts"), output["sequence_lengths"], output["output_ids"]
-    if isinstance(texts, list):
-        return f'"{texts[index]}"'
-    assert hasattr(lengths, "tolist") and hasattr(ids, "tolist")
-    return str(ids.tolist()[index][0][start : lengths.tolist()[index][0]])
+def describe_output(output: dict[str, Any], index: int, start: int) -> str:
+    """The new text, or the new ids where there is no tokenizer."""
+    if "texts" in output:
+        return f'"{output["texts"][index]}"'
+    end = output["sequence_lengths"][index, 0]
+    return str(output["output_ids"][index, 0, start:end].tolist())
 
 
 def stream(runner: ModelRunner, prompts: list[Prompt], sampling: SamplingConfig, interval: int) -> None:
@@ -274,7 +273,7 @@ def time_run(runner: ModelRunner, prompts: list[Prompt], sampling: SamplingConfi
         if counts[token.prompt_index] == 0:
             first = time.perf_counter()
         counts[token.prompt_index] += 1
-    return Timing(first - started, time.perf_counter() - started, int(np.sum(counts)), max(counts))
+    return Timing(first - started, time.perf_counter() - started, sum(counts), max(counts))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ _TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 
 @dataclass(frozen=True)
 class Summary:
-    """Four numbers that tell a tensor from another."""
+    """Three numbers that tell a tensor from another."""
 
     mean: float
     sum: float

@@ -76,8 +76,7 @@ class ModelRunner:
 
     @property
     def vocab_size_padded(self) -> int:
-        """Rows of the output layer: a multiple of tp_size."""
-        return -(-self.vocab_size // self.config.tp_size) * self.config.tp_size
+        return self.config.vocab_size_padded
 
     @property
     def hidden_size(self) -> int:

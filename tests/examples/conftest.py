@@ -1,14 +1,11 @@
-"""Makes the scripts of examples/qwen importable, and gives them a tokenizer of single bytes: one id per byte."""
+"""A tokenizer for the scripts of single bytes: one id per byte."""
 
 import base64
-import sys
 from pathlib import Path
 
 import pytest
 
 from tensorrt_llm.tokenizer import Tokenizer, load_tokenizer
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "qwen"))
 
 
 @pytest.fixture

@@ -1,1 +1,0 @@
-"""Being here puts tests/ on the import path: any test may import checkpoints.py."""
