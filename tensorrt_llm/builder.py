@@ -16,6 +16,7 @@ from .mapping import Mapping as RankMapping
 from .network import Network
 from .parameter import Parameter
 from .passes import optimize
+from .quantization.mode import QuantMode
 
 
 class Model(Protocol):
@@ -23,6 +24,7 @@ class Model(Protocol):
 
     dtype: str
     mapping: RankMapping
+    quant_mode: QuantMode
 
     def engine_facts(self) -> dict[str, Any]:
         """The fields of EngineConfig that describe the architecture."""
@@ -35,13 +37,15 @@ class Builder:
     def create_network(self) -> Network:
         return Network()
 
-    def create_builder_config(self, model: Model, limits: Limits) -> EngineConfig:
-        """What the engine of `model` says of itself."""
+    def create_builder_config(self, model: Model, limits: Limits, quant_algo: str = "") -> EngineConfig:
+        """What the engine of `model` says of itself; `quant_algo` names how its weights were quantized."""
         mapping = model.mapping
         return EngineConfig(
             **model.engine_facts(),
             precision=model.dtype,
-            quant_mode=0,
+            quant_mode=int(model.quant_mode),
+            quant_algo=quant_algo,
+            verdict=None,
             world_size=mapping.world_size,
             rank=mapping.rank,
             tp_size=mapping.tp_size,
@@ -49,10 +53,14 @@ class Builder:
             limits=limits,
         )
 
-    def build_engine(self, network: Network, builder_config: EngineConfig) -> Engine:
-        """Optimize the network in place; the engine reads each parameter's data when it is saved or run."""
+    def build_engine(self, network: Network, builder_config: EngineConfig, *, fuse: bool = True) -> Engine:
+        """Optimize the network in place; the engine reads each parameter's data when it is saved or run.
+
+        Without `fuse` the network stays as described, each matmul a node of its own: what calibration looks at.
+        """
         network.verify()
-        optimize(network)
+        if fuse:
+            optimize(network)
         parameters = {name: network.named_parameters[name] for name in network.weights}
         return Engine(builder_config, network.to_plan(), _ParameterData(parameters))
 

@@ -31,11 +31,21 @@ import torch
 from .dtype import PRECISIONS, itemsize, torch_dtype
 from .limits import LARGEST_COUNT, Limits
 from .plan import Plan, TensorSpec
+from .quantization.mode import QuantMode
+from .verdict import Verdict
 
 FORMAT = "tensorrt_llm.engine"
-FORMAT_VERSION = "1"
+FORMAT_VERSION = "2"
 
-_SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_SAFETENSORS_DTYPES = {
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint8": "U8",
+}
 # What the runtime gives a plan at every step, besides one KV pool per layer.
 _STEP_INPUTS = {
     "input_ids",
@@ -59,7 +69,7 @@ class EngineConfig:
 
     name: str
     architecture: str
-    precision: str  # dtype of weights, activations and KV cache
+    precision: str  # dtype of weights, activations and KV cache, where quant_mode says nothing else
     vocab_size: int
     hidden_size: int
     inter_size: int  # width of one branch of the gated MLP
@@ -74,16 +84,19 @@ class EngineConfig:
     use_dynamic_ntk: bool
     use_logn_attn: bool
     norm_epsilon: float
-    quant_mode: int
+    quant_mode: int  # bits of QuantMode
+    quant_algo: str  # "W8A16", "W4A16_GPTQ"...; empty when nothing is quantized
     world_size: int
     rank: int
     tp_size: int
     pp_size: int
     limits: Limits
+    verdict: Verdict | None  # what quantization cost; None when nothing is quantized, or it was not measured
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            _check_field(field.name, field.type, getattr(self, field.name))
+            if field.name != "verdict":
+                _check_field(field.name, field.type, getattr(self, field.name))
         if self.precision not in PRECISIONS:
             raise ValueError(f"engine config: precision is {self.precision!r}, expected one of {', '.join(PRECISIONS)}")
         if self.rank >= self.world_size or self.tp_size * self.pp_size != self.world_size:
@@ -102,9 +115,14 @@ class EngineConfig:
         return -(-self.vocab_size // self.tp_size) * self.tp_size
 
     @property
+    def kv_dtype(self) -> str:
+        return "int8" if QuantMode(self.quant_mode).has_int8_kv_cache() else self.precision
+
+    @property
     def kv_bytes_per_token(self) -> int:
         """Bytes that one token takes in this rank's cache, all layers."""
-        return 2 * self.num_layers * self.num_kv_heads_per_rank * self.head_size * itemsize(self.precision)
+        scale = itemsize("float32") if self.kv_dtype == "int8" else 0
+        return 2 * self.num_layers * self.num_kv_heads_per_rank * (self.head_size * itemsize(self.kv_dtype) + scale)
 
     @property
     def activation_bytes(self) -> int:
@@ -128,7 +146,8 @@ class EngineConfig:
         limit_names = {field.name for field in fields(Limits)}
         if not isinstance(limits, dict) or set(limits) != limit_names:
             raise ValueError(f"engine config: limits is {limits!r}, expected exactly {sorted(limit_names)}")
-        return cls(**{**data, "limits": Limits(**limits)})
+        verdict = None if data["verdict"] is None else Verdict.from_dict(data["verdict"])
+        return cls(**{**data, "limits": Limits(**limits), "verdict": verdict})
 
     def to_config_json(self) -> dict[str, dict[str, Any]]:
         """The content of config.json: 0.7.1's two sections, with the facts that its builder_config lacked."""
@@ -143,7 +162,7 @@ class EngineConfig:
                 "tensor_parallel": self.tp_size,
                 "pipeline_parallel": self.pp_size,
                 "max_beam_width": 1,
-                "int8": False,
+                "int8": QuantMode(self.quant_mode).quantizes_weights(),
                 "fp8": False,
                 "strongly_typed": True,
                 "use_refit": False,
@@ -424,8 +443,14 @@ def _check_facts(config: EngineConfig, plan: Plan) -> None:
     pool = ("num_blocks", 2, config.num_kv_heads_per_rank, config.limits.tokens_per_block, config.head_size)
     for layer in range(config.num_layers):
         spec = inputs.pop(f"past_key_value_{layer}", None)
-        if spec is None or spec.shape != pool or spec.dtype != config.precision:
-            raise ValueError(f"plan: past_key_value_{layer} is {spec}, expected {config.precision} {list(pool)}")
+        if spec is None or spec.shape != pool or spec.dtype != config.kv_dtype:
+            raise ValueError(f"plan: past_key_value_{layer} is {spec}, expected {config.kv_dtype} {list(pool)}")
+        scales = inputs.pop(f"key_value_scales_{layer}", None)
+        if (scales is None) == (config.kv_dtype == "int8") or (
+            scales and (scales.shape != pool[:-1] or scales.dtype != "float32")
+        ):
+            wanted = f"float32 {list(pool[:-1])}" if config.kv_dtype == "int8" else "none"
+            raise ValueError(f"plan: key_value_scales_{layer} is {scales}, expected {wanted}")
     if set(inputs) != _STEP_INPUTS:
         raise ValueError(f"plan: inputs are {sorted(inputs)}, expected {sorted(_STEP_INPUTS)} and the KV pools")
     if set(plan.outputs) != {"logits"}:

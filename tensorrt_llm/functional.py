@@ -106,6 +106,7 @@ def gpt_attention(
     sequence_length: Tensor,
     context_lengths: Tensor,
     block_tables: Tensor,
+    key_value_scales: Tensor | None = None,
     *,
     num_heads: int,
     num_kv_heads: int,
@@ -122,6 +123,8 @@ def gpt_attention(
     qkv is [num_tokens, (num_heads + 2 num_kv_heads) hidden_size_per_head], Q then K then V; context is
     [num_tokens, num_heads hidden_size_per_head]. past_key_value [num_blocks, 2, num_kv_heads, tokens_per_block,
     hidden_size_per_head] is written in place, so the second result is the first operand (0.7.1's present_key_value).
+    An int8 pool needs key_value_scales float32 [num_blocks, 2, num_kv_heads, tokens_per_block]: keys (after RoPE) and
+    values are quantized as they come, with a scale for each token and head, its largest magnitude / 127.
 
     RotaryScalingType.dynamic is Qwen's rule: for a prompt of L tokens and a model trained on
     S = rotary_embedding_max_positions, alpha = max(2^ceil(log2(L/S) + 1) - 1, 1) multiplies the base as
@@ -136,6 +139,17 @@ def gpt_attention(
         pool_dims == (2, num_kv_heads, hidden_size_per_head),
         "gpt_attention",
         f"{past_key_value!r} is not [num_blocks, 2, {num_kv_heads}, tokens_per_block, {hidden_size_per_head}]",
+    )
+    _check(
+        (past_key_value.dtype == "int8") == (key_value_scales is not None),
+        "gpt_attention",
+        f"{past_key_value!r} does not go with scales {key_value_scales!r}: an int8 pool has them, others don't",
+    )
+    _check(
+        key_value_scales is None
+        or (key_value_scales.shape == past_key_value.shape[:-1] and key_value_scales.dtype == "float32"),
+        "gpt_attention",
+        f"{key_value_scales!r} is not float32 of the shape of {past_key_value!r} without its last dim",
     )
     for vector in (position_ids, query_starts, sequence_length, context_lengths):
         _check_index("gpt_attention", vector)
@@ -170,6 +184,7 @@ def gpt_attention(
         sequence_length,
         context_lengths,
         block_tables,
+        *(() if key_value_scales is None else (key_value_scales,)),
         outputs=[(qkv.dtype, (num_tokens, num_heads * hidden_size_per_head))],
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,

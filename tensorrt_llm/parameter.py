@@ -39,7 +39,10 @@ class Parameter:
         self.set_loader(lambda: tensor)
 
     def set_loader(self, loader: Callable[[], torch.Tensor]) -> None:
-        """`loader()` gives a torch.Tensor of this shape in any floating dtype; it is called whenever data is needed."""
+        """`loader()` gives a torch.Tensor of this shape, called whenever data is needed.
+
+        A floating parameter takes any floating dtype, one of integers its own.
+        """
         self._loader = loader
 
     def load(self) -> torch.Tensor:
@@ -48,24 +51,30 @@ class Parameter:
             raise ValueError(f"parameter {self.name} has no data; load the model's weights before building")
         tensor = self._loader()
         self._check_shape(tensor)
-        cast = tensor.to(torch_dtype(self.dtype)).contiguous()
-        # An inf or NaN let through here would end as NaN logits. The two ends tell, without a temporary of the
-        # tensor's size.
-        if not _ends(cast).isfinite().all():
-            largest = _ends(tensor).abs().max().item()
-            if not math.isfinite(largest):
-                raise ValueError(f"{self.name}: the data holds NaN or infinite values; the checkpoint is damaged")
-            raise ValueError(
-                f"{self.name}: largest magnitude {largest:g} does not fit {self.dtype} "
-                f"(at most {torch.finfo(cast.dtype).max:g}); build with bfloat16"
-            )
-        return cast
+        return cast_finite(tensor, self.dtype, self.name)
 
     def _check_shape(self, tensor: torch.Tensor) -> None:
         if tuple(tensor.shape) != self.shape:
             raise ValueError(f"parameter {self.name}: data has shape {tuple(tensor.shape)}, expected {self.shape}")
         if is_floating(self.dtype) and not tensor.is_floating_point():
             raise ValueError(f"parameter {self.name}: data is {tensor.dtype}, expected a floating dtype")
+        if not is_floating(self.dtype) and tensor.dtype != torch_dtype(self.dtype):
+            raise ValueError(f"parameter {self.name}: data is {tensor.dtype}, expected {self.dtype}")
+
+
+def cast_finite(tensor: torch.Tensor, dtype: str, name: str) -> torch.Tensor:
+    """`tensor` in `dtype`, contiguous; a value that is not finite, or is too large, is a ValueError with `name`."""
+    cast = tensor.to(torch_dtype(dtype)).contiguous()
+    # An inf or NaN let through here would end as NaN logits. The two ends tell, without a temporary of the tensor's size.
+    if not _ends(cast).isfinite().all():
+        largest = _ends(tensor).abs().max().item()
+        if not math.isfinite(largest):
+            raise ValueError(f"{name}: the data holds NaN or infinite values; the checkpoint is damaged")
+        raise ValueError(
+            f"{name}: largest magnitude {largest:g} does not fit {dtype} "
+            f"(at most {torch.finfo(cast.dtype).max:g}); build with bfloat16"
+        )
+    return cast
 
 
 def _ends(tensor: torch.Tensor) -> torch.Tensor:

@@ -28,9 +28,10 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from articles import BUNDLED_ARTICLES, Article, load_articles  # noqa: E402
 from backends import DATA_TYPES, Backend, EngineBackend, HfBackend  # noqa: E402
-from chat_prompt import make_context, stop_words_for  # noqa: E402
+from chat_prompt import stop_words_for  # noqa: E402
 from command_line import flag, log_level_flag, run_script  # noqa: E402
 from rouge import new_scorer, score_summaries  # noqa: E402
+from summary_prompt import summary_prompt, summary_query  # noqa: E402
 from summary_table import Run, summary_records, summary_table  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
@@ -43,12 +44,6 @@ from tensorrt_llm.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
 Item = TypeVar("Item")
 
 logger = logging.getLogger("summarize")
-
-# Results compare with published ones only if this stays as it is, letter by letter.
-SYSTEM_PROMPT = (
-    "You are a useful assistant, please directly output the corresponding summary according to the article "
-    "entered by the user."
-)
 
 
 @dataclass(frozen=True)
@@ -232,20 +227,13 @@ def make_tasks(
 ) -> list[Task]:
     tasks = []
     for article, highlights in articles:
-        query = f"{article} TL;DR: ".strip().replace(" n't", "n't")
+        query = summary_query(article)
         reference = tokenizer.encode(highlights)[:max_new_tokens]
-        prompt = scored_prompt = make_prompt(tokenizer, query, max_input_length)
+        prompt = scored_prompt = summary_prompt(tokenizer, query, max_input_length)
         if len(prompt) + len(reference) > max_input_length:
-            scored_prompt = make_prompt(tokenizer, query, max_input_length - len(reference))
+            scored_prompt = summary_prompt(tokenizer, query, max_input_length - len(reference))
         tasks.append(Task(highlights, prompt, scored_prompt, reference))
     return tasks
-
-
-def make_prompt(tokenizer: Tokenizer, query: str, max_length: int) -> list[int]:
-    """The ids themselves go to every backend: encoding the text again would let an article write special tokens."""
-    # The window's bound is strict, and only the length of the input is to count.
-    _, ids = make_context(tokenizer, query, None, SYSTEM_PROMPT, max_length, max_window_size=max_length + 1)
-    return ids
 
 
 @dataclass(frozen=True)

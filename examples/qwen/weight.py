@@ -16,9 +16,13 @@ from pathlib import Path
 import torch
 from hf_checkpoint import READABLE_DTYPES, HfCheckpoint
 
+from tensorrt_llm.dtype import is_floating
 from tensorrt_llm.mapping import Mapping
 from tensorrt_llm.models.qwen.config import QWEN1, QWEN2, QWenConfig
 from tensorrt_llm.module import Module
+from tensorrt_llm.parameter import cast_finite
+from tensorrt_llm.quantization import QuantizedWeight, quantize_weight
+from tensorrt_llm.quantization.layers import WeightOnlyMatmul
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +41,13 @@ def load_from_hf_qwen(
     checkpoint = HfCheckpoint(hf_model_dir)
     check_complete(checkpoint, config)
     origins = origins_of(config)
+    for path, module in model.named_modules():
+        if isinstance(module, WeightOnlyMatmul):
+            split, sources = origins[f"{path}.weight"]
+            module.set_loader(partial(_quantize, f"{path}.weight", module, split(sources, config, mapping), checkpoint))
     for name, parameter in model.named_parameters():
+        if name not in origins or not is_floating(parameter.dtype):
+            continue  # what quantization made of a weight
         split, sources = origins[name]
         share = split(sources, config, mapping)
         if share.shape != parameter.shape:
@@ -46,6 +56,13 @@ def load_from_hf_qwen(
                 f"but the model was made for {list(parameter.shape)}"
             )
         parameter.set_loader(partial(share.read, checkpoint))
+
+
+def _quantize(name: str, module: WeightOnlyMatmul, share: "Share", checkpoint: HfCheckpoint) -> QuantizedWeight:
+    """This rank's part of the quantized weight, equal to that part of the whole: rows are quantized at full length."""
+    weight = cast_finite(share.whole_rows().read(checkpoint), module.dtype, name)
+    quantized = quantize_weight(weight, module.bits, module.whole_group_size)
+    return quantized if share.columns is None else quantized.columns(*share.columns)
 
 
 @dataclass(frozen=True)
@@ -82,6 +99,19 @@ class Share:
     @property
     def shape(self) -> tuple[int, ...]:
         return (sum(piece.shape[0] for piece in self.pieces) + self.zero_rows, *self.pieces[0].shape[1:])
+
+    @property
+    def columns(self) -> tuple[int, int] | None:
+        """The first column and the one behind the last, of a part of the columns; None for all of them."""
+        piece = self.pieces[0]
+        return (piece.start, piece.start + piece.shape[1]) if piece.axis == 1 else None
+
+    def whole_rows(self) -> "Share":
+        """The same rows with all their columns."""
+        if self.columns is None:
+            return self
+        (piece,) = self.pieces
+        return Share((Piece(piece.name, piece.shape),))
 
     def read(self, checkpoint: HfCheckpoint) -> torch.Tensor:
         parts = [piece.read(checkpoint) for piece in self.pieces]

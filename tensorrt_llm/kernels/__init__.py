@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from . import reference
+from . import quantized_reference, reference
 from .step import StepShape
 
 __all__ = ["Kernel", "StepShape", "kernels_for", "reference_kernels"]
@@ -43,6 +43,14 @@ def reference_kernels() -> dict[str, Kernel]:
         "cast": Kernel(reference.cast),
         "gather_last_token": Kernel(reference.gather_last_token),
         "gpt_attention": Kernel(reference.gpt_attention, needs_step=True),
+        "weight_only_quant_matmul": Kernel(quantized_reference.weight_only_quant_matmul),
+        "weight_only_gated_mlp": Kernel(quantized_reference.weight_only_gated_mlp),
+        "quantize_per_token": Kernel(reference.quantize_per_token),
+        "quantize_tensor": Kernel(quantized_reference.quantize_tensor),
+        "smooth_quant_gemm": Kernel(quantized_reference.smooth_quant_gemm),
+        "smooth_quant_gated_mlp": Kernel(quantized_reference.smooth_quant_gated_mlp),
+        "scale_columns": Kernel(quantized_reference.scale_columns),
+        "permute_columns": Kernel(quantized_reference.permute_columns),
     }
 
 

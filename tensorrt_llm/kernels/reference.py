@@ -12,7 +12,7 @@ from ..dtype import torch_dtype
 from .step import StepShape
 
 
-def _compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
+def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
     """float64 when any operand has it, else float32: what sums and products are held in."""
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
@@ -24,7 +24,7 @@ def embedding(ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, *, eps: float, dtype: str) -> torch.Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dim; x [T, hidden], weight [hidden]."""
-    wide = x.to(_compute_dtype(x, weight))
+    wide = x.to(compute_dtype(x, weight))
     rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (wide * rstd * weight.to(wide.dtype)).to(torch_dtype(dtype))
 
@@ -39,7 +39,7 @@ def add_rms_norm(
 
 def matmul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, dtype: str) -> torch.Tensor:
     """x [T, k] times the transpose of weight [n, k], plus bias [n]."""
-    wide = _compute_dtype(x, weight)
+    wide = compute_dtype(x, weight)
     product = x.to(wide) @ weight.to(wide).T
     if bias is not None:
         product = product + bias.to(wide)
@@ -50,7 +50,7 @@ def add(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Elementwise sum; operands of two dtypes give float32."""
     if left.dtype == right.dtype:
         return left + right
-    wide = _compute_dtype(left, right)
+    wide = compute_dtype(left, right)
     return left.to(wide) + right.to(wide)
 
 
@@ -58,13 +58,13 @@ def mul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Elementwise product; operands of two dtypes give float32."""
     if left.dtype == right.dtype:
         return left * right
-    wide = _compute_dtype(left, right)
+    wide = compute_dtype(left, right)
     return left.to(wide) * right.to(wide)
 
 
 def silu(x: torch.Tensor) -> torch.Tensor:
     """x * sigmoid(x)."""
-    return torch.nn.functional.silu(x.to(_compute_dtype(x))).to(x.dtype)
+    return torch.nn.functional.silu(x.to(compute_dtype(x))).to(x.dtype)
 
 
 def cast(x: torch.Tensor, *, dtype: str) -> torch.Tensor:
@@ -73,7 +73,7 @@ def cast(x: torch.Tensor, *, dtype: str) -> torch.Tensor:
 
 def gated_mlp(x: torch.Tensor, fc: torch.Tensor, gate: torch.Tensor, *, dtype: str) -> torch.Tensor:
     """silu(x fc^T) * (x gate^T): x [T, k], fc and gate [n, k] -> [T, n], rounded once."""
-    wide = _compute_dtype(x, fc)
+    wide = compute_dtype(x, fc)
     activated = torch.nn.functional.silu(x.to(wide) @ fc.to(wide).T)
     return (activated * (x.to(wide) @ gate.to(wide).T)).to(torch_dtype(dtype))
 
@@ -113,6 +113,26 @@ def logn_scale(position_ids: torch.Tensor, trained_length: int, dtype: torch.dty
     return (torch.log(position_ids.to(dtype) + 1) / math.log(trained_length)).clamp(min=1)
 
 
+def quantize_per_token(x: torch.Tensor, smoother: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """q = round(x / smoother * (127 / amax)), amax the largest magnitude of a row: int8 [T, k], amax / 127 [T, 1].
+
+    Half steps go to the even integer. A row of (next to) nothing becomes zeros.
+    """
+    smooth = x.float() if smoother is None else x.float() / smoother
+    amax = smooth.abs().amax(-1, keepdim=True)
+    steps_per_unit = torch.where(amax > 1e-30, 127 / amax, torch.zeros_like(amax))
+    return (smooth * steps_per_unit).round().to(torch.int8), amax / 127
+
+
+def quantize_kv(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys or values [T, heads, head_size] -> int8, and float32 [T, heads], a scale for each token and head.
+
+    No calibration, and an outlier spoils its own token and head only.
+    """
+    q, scale = quantize_per_token(x.flatten(0, 1))
+    return q.view(x.shape), scale.view(x.shape[:2])
+
+
 def gpt_attention(
     qkv: torch.Tensor,
     past_key_value: torch.Tensor,
@@ -121,6 +141,7 @@ def gpt_attention(
     sequence_length: torch.Tensor,
     context_lengths: torch.Tensor,
     block_tables: torch.Tensor,
+    key_value_scales: torch.Tensor | None = None,
     *,
     step: StepShape,
     num_heads: int,
@@ -137,7 +158,7 @@ def gpt_attention(
     Zero for ntk_length or logn_length turns that rule off. The score matrix of one sequence is materialised.
     """
     del step  # everything it says stands in the tensors too, and this function may read those
-    wide = _compute_dtype(qkv)
+    wide = compute_dtype(qkv)
     q, k, v = (
         qkv.to(wide)
         .view(-1, num_heads + 2 * num_kv_heads, head_size)
@@ -157,11 +178,16 @@ def gpt_attention(
 
         blocks = block_tables[index].long()
         block, offset = blocks[positions // block_size], positions.long() % block_size
-        past_key_value[block, 0, :, offset] = rotate(k[tokens], angles).to(past_key_value.dtype)
-        past_key_value[block, 1, :, offset] = v[tokens].to(past_key_value.dtype)
+        for side, vectors in enumerate((rotate(k[tokens], angles), v[tokens])):
+            if key_value_scales is not None:
+                vectors, key_value_scales[block, side, :, offset] = quantize_kv(vectors)
+            past_key_value[block, side, :, offset] = vectors.to(past_key_value.dtype)
 
-        # [blocks, kv_heads, block_size, head_size] -> [kv_heads, total, head_size]
-        cached = past_key_value[blocks[: -(-total // block_size)]].to(wide)
+        # [blocks, 2, kv_heads, block_size, head_size] -> [kv_heads, total, head_size]
+        blocks = blocks[: -(-total // block_size)]
+        cached = past_key_value[blocks].to(wide)
+        if key_value_scales is not None:
+            cached = cached * key_value_scales[blocks].to(wide)[..., None]
         keys, values = (
             cached[:, side].transpose(0, 1).reshape(num_kv_heads, -1, head_size)[:, :total] for side in (0, 1)
         )

@@ -1,6 +1,6 @@
 """Layers of models: modules that hold parameters and call functional ops."""
 
-from .attention import Attention, AttentionParams, KeyValueCacheParams
+from .attention import Attention, AttentionParams, KeyValueCacheParams, LayerCache
 from .embedding import Embedding
 from .linear import ColumnLinear, RowLinear
 from .mlp import GatedMLP
@@ -13,6 +13,7 @@ __all__ = [
     "Embedding",
     "GatedMLP",
     "KeyValueCacheParams",
+    "LayerCache",
     "RmsNorm",
     "RowLinear",
 ]

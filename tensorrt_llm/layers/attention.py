@@ -1,6 +1,7 @@
 """Attention with its projections, and the step inputs that it reads."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..functional import RotaryScalingType, gpt_attention
 from ..module import Module
@@ -24,6 +25,20 @@ class KeyValueCacheParams:
 
     past_key_value: tuple[Tensor, ...]  # per layer [num_blocks, 2, num_kv_heads, tokens_per_block, head_size]
     block_tables: Tensor  # [B, max_blocks] int32
+    # Of int8 pools, per layer [num_blocks, 2, num_kv_heads, tokens_per_block] float32.
+    key_value_scales: tuple[Tensor, ...] | None = None
+
+    def of_layer(self, index: int) -> "LayerCache":
+        scales = self.key_value_scales
+        return LayerCache(self.past_key_value[index], self.block_tables, scales[index] if scales else None)
+
+
+class LayerCache(NamedTuple):
+    """What one layer sees of the cache; see KeyValueCacheParams."""
+
+    past_key_value: Tensor
+    block_tables: Tensor
+    key_value_scales: Tensor | None
 
 
 class Attention(Module):
@@ -56,7 +71,7 @@ class Attention(Module):
         self.rotary_embedding_scale_type = rotary_embedding_scale_type
         self.rotary_embedding_max_positions = rotary_embedding_max_positions
         self.use_logn_scaling = use_logn_scaling
-        self.qkv = ColumnLinear(
+        self.qkv: Module = ColumnLinear(
             hidden_size,
             tp_size * (self.num_heads + 2 * self.num_kv_heads) * self.head_size,
             bias=bias,
@@ -65,19 +80,18 @@ class Attention(Module):
             tp_size=tp_size,
             gather_output=False,
         )
-        self.dense = RowLinear(num_attention_heads * self.head_size, hidden_size, dtype, tp_group, tp_size)
+        self.dense: Module = RowLinear(num_attention_heads * self.head_size, hidden_size, dtype, tp_group, tp_size)
 
-    def forward(
-        self, hidden_states: Tensor, past_key_value: Tensor, block_tables: Tensor, attention_params: AttentionParams
-    ) -> Tensor:
+    def forward(self, hidden_states: Tensor, cache: LayerCache, attention_params: AttentionParams) -> Tensor:
         context, _ = gpt_attention(
             self.qkv(hidden_states),
-            past_key_value,
+            cache.past_key_value,
             attention_params.position_ids,
             attention_params.query_starts,
             attention_params.sequence_length,
             attention_params.context_lengths,
-            block_tables,
+            cache.block_tables,
+            cache.key_value_scales,
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
             hidden_size_per_head=self.head_size,

@@ -21,11 +21,13 @@ class GatedMLP(Module):
         super().__init__()
         if hidden_act != "silu":
             raise ValueError(f"GatedMLP: hidden_act is {hidden_act!r}, expected 'silu'")
+        self.fc: Module
+        self.gate: Module
         self.fc, self.gate = (
             ColumnLinear(hidden_size, ffn_hidden_size, False, dtype, tp_group, tp_size, gather_output=False)
             for _ in range(2)
         )
-        self.proj = RowLinear(ffn_hidden_size, hidden_size, dtype, tp_group, tp_size)
+        self.proj: Module = RowLinear(ffn_hidden_size, hidden_size, dtype, tp_group, tp_size)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(silu(self.fc(x)) * self.gate(x))

@@ -3,7 +3,7 @@
 Knows nothing of requests, batches or the cache: the KV pools are inputs like the others.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
@@ -16,7 +16,7 @@ from ..plan import Plan, PlanNode
 
 
 @dataclass(frozen=True)
-class _Call:
+class Call:
     """A node bound to its kernel."""
 
     run: Callable[..., Any]
@@ -41,7 +41,8 @@ class Executor:
         float32: bool = False,
     ) -> None:
         self.plan = plan
-        self._calls = _bind(plan, weights, kernels, device, float32)
+        bound = bind_one_by_one(plan, weights, kernels, device, float32=float32)
+        self._calls = [call for _, call in bound]
 
     def run(
         self, inputs: Mapping[str, torch.Tensor], step: StepShape, keep: Collection[str] = ()
@@ -61,27 +62,28 @@ class Executor:
         return kept | {outside: values[name] for outside, name in self.plan.outputs.items()}
 
 
-def _bind(
+def bind_one_by_one(
     plan: Plan,
     weights: Mapping[str, torch.Tensor],
     kernels: Mapping[str, Kernel],
     device: torch.device,
-    float32: bool,
-) -> list[_Call]:
+    *,
+    float32: bool = False,
+) -> Iterator[tuple[PlanNode, Call]]:
+    """Every node with its call, its weights loaded when it is reached and not held here afterwards."""
     missing = sorted({node.op for node in plan.nodes} - set(kernels))
     if missing:
         raise ValueError(f"no kernel for {', '.join(missing)} on {device}; this engine needs what this version lacks")
     weight_names = {spec.name for spec in plan.weights}
     loaded = _LoadedWeights(plan, weights, weight_names, device, float32)
     releases = _releases(plan, weight_names)
-    return [
-        _bind_node(node, kernels[node.op], loaded, releases[index], float32) for index, node in enumerate(plan.nodes)
-    ]
+    for node, released in zip(plan.nodes, releases, strict=True):
+        yield node, _bind_node(node, kernels[node.op], loaded, released, float32)
 
 
 def _bind_node(
     node: PlanNode, kernel: Kernel, loaded: "_LoadedWeights", releases: tuple[str, ...], float32: bool
-) -> _Call:
+) -> Call:
     reads = tuple(name for name in node.inputs if name not in loaded.names)
     _check_call(node, reads)
     attrs = dict(node.attrs)
@@ -97,7 +99,7 @@ def _bind_node(
         except RuntimeError as error:
             raise ValueError(f"plan: weights do not fit in {node}: {error}") from error
     makes = tuple(spec.name for spec in node.outputs)
-    return _Call(kernel.run, reads, operands, makes, attrs, kernel.needs_step, releases)
+    return Call(kernel.run, reads, operands, makes, attrs, kernel.needs_step, releases)
 
 
 def _check_call(node: PlanNode, reads: tuple[str, ...]) -> None:

@@ -65,7 +65,8 @@ class Session:
             _forbid_reduced_precision()
         kernels = reference_kernels() if reference else kernels_for(self.device)
         self._executor = Executor(engine.plan, engine.weights, kernels, self.device, float32=reference)
-        self._kv_dtype = "float32" if reference else self.config.precision
+        is_float = self.config.kv_dtype != "int8"
+        self._kv_dtype = "float32" if reference and is_float else self.config.kv_dtype
         self.num_blocks = self._count_blocks(kv_cache_tokens)
         self._pools = self._allocate_pools()
         self._graphs: DecodeGraphs | None = None
@@ -94,11 +95,13 @@ class Session:
     def _allocate_pools(self) -> dict[str, torch.Tensor]:
         config = self.config
         shape = (self.num_blocks, 2, config.num_kv_heads_per_rank, config.limits.tokens_per_block, config.head_size)
-        return {
+        pools = {}
+        for layer in range(config.num_layers):
             # Zeros cost nothing on the CPU, where untouched pages are never made.
-            f"past_key_value_{layer}": torch.zeros(shape, dtype=torch_dtype(self._kv_dtype), device=self.device)
-            for layer in range(config.num_layers)
-        }
+            pools[f"past_key_value_{layer}"] = torch.zeros(shape, dtype=torch_dtype(self._kv_dtype), device=self.device)
+            if self._kv_dtype == "int8":
+                pools[f"key_value_scales_{layer}"] = torch.zeros(shape[:-1], device=self.device)
+        return pools
 
     def _count_blocks(self, kv_cache_tokens: int | None) -> int:
         """Blocks of the pools with scratch block 0: as asked for, else what a full batch uses or memory holds."""
@@ -108,7 +111,7 @@ class Session:
                 raise ValueError(f"kv_cache_tokens is {kv_cache_tokens}, expected at least 1")
             return 1 - (-kv_cache_tokens // limits.tokens_per_block)
         wanted = 1 + limits.max_batch_size * limits.max_blocks_per_seq
-        bytes_per_token = self.config.kv_bytes_per_token // itemsize(self.config.precision) * itemsize(self._kv_dtype)
+        bytes_per_token = self.config.kv_bytes_per_token // itemsize(self.config.kv_dtype) * itemsize(self._kv_dtype)
         free = _free_bytes(self.device) - self.config.activation_bytes
         affordable = int(max(free, 0) * _KV_SHARE[self.device.type]) // (bytes_per_token * limits.tokens_per_block)
         if affordable < 2:

@@ -17,7 +17,8 @@ from checkpoints import write_qwen1_checkpoint
 from command_line import run_script
 from hf_model import load_hf_model
 from rouge import METRICS, bootstrap_interval, new_scorer, score_summaries
-from summarize import SYSTEM_PROMPT, SummarizeArgs, make_tasks, reference_perplexity, to_text
+from summarize import SummarizeArgs, make_tasks, reference_perplexity, to_text
+from summary_prompt import SYSTEM_PROMPT
 from summarize import main as summarize
 from summary_table import Agreement, Run, summary_table
 

@@ -8,7 +8,7 @@ import math
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from ..reference import logn_scale, ntk_alpha, rope_angles, rotate
+from ..reference import logn_scale, ntk_alpha, quantize_kv, rope_angles, rotate
 from ..step import StepShape
 
 
@@ -20,6 +20,7 @@ def gpt_attention(
     sequence_length: torch.Tensor,
     context_lengths: torch.Tensor,
     block_tables: torch.Tensor,
+    key_value_scales: torch.Tensor | None = None,
     *,
     step: StepShape,
     num_heads: int,
@@ -45,16 +46,21 @@ def gpt_attention(
     sequence = torch.repeat_interleave(torch.arange(step.batch_size), query_lengths)
     block = block_tables[sequence, position_ids // block_size].long()
     offset = (position_ids % block_size).long()
-    past_key_value[block, 0, :, offset] = rotate(k.float(), angles).to(past_key_value.dtype)
-    past_key_value[block, 1, :, offset] = v.to(past_key_value.dtype)
+    for side, vectors in enumerate((rotate(k.float(), angles), v)):
+        if key_value_scales is not None:
+            vectors, key_value_scales[block, side, :, offset] = quantize_kv(vectors)
+        past_key_value[block, side, :, offset] = vectors.to(past_key_value.dtype)
 
     context = torch.empty(qkv.shape[0], num_heads, head_size, dtype=qkv.dtype)
     starts = query_starts.tolist()
     for index, total in enumerate(sequence_length.tolist()):
         first, last = starts[index], starts[index + 1]
         blocks = block_tables[index, : -(-total // block_size)].long()
+        cached = past_key_value[blocks]
+        if key_value_scales is not None:
+            cached = (cached * key_value_scales[blocks][..., None]).to(qkv.dtype)
         # [blocks, 2, kv_heads, block_size, head_size] -> [2, kv_heads, total, head_size]
-        cached = past_key_value[blocks].permute(1, 2, 0, 3, 4).reshape(2, num_kv_heads, -1, head_size)
+        cached = cached.permute(1, 2, 0, 3, 4).reshape(2, num_kv_heads, -1, head_size)
         keys, values = cached[:, :, :total]
         context[first:last] = scaled_dot_product_attention(
             query[first:last].transpose(0, 1)[None],

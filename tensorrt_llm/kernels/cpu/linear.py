@@ -11,17 +11,10 @@ from torch.nn.functional import linear, silu
 from ...dtype import torch_dtype
 
 
-def prepare_matmul(
-    weight: torch.Tensor, bias: torch.Tensor | None = None, *, dtype: str
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weights as they are; for a float32 result (logits) of 16-bit operands they are held in float32."""
-    if dtype == "float32":
-        return weight.float(), None if bias is None else bias.float()
-    return weight, bias
-
-
 def matmul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, dtype: str) -> torch.Tensor:
     """x [T, k], weight [n, k], bias [n] -> [T, n], summed in float32 and rounded once."""
+    if dtype == "float32" and weight.dtype != torch.float32:
+        return _wide_linear(x, weight, bias)
     return _linear(x, weight, bias).to(torch_dtype(dtype))
 
 
@@ -34,6 +27,19 @@ def gated_mlp(x: torch.Tensor, branches: torch.Tensor, *, dtype: str) -> torch.T
     """silu(x fc^T) * (x gate^T) of x [T, k] and branches [2 n, k] -> [T, n]."""
     activated, linear_branch = _linear(x, branches, None).float().chunk(2, dim=1)
     return (silu(activated) * linear_branch).to(torch_dtype(dtype))
+
+
+# Widened rows of one piece stay in the cache: a float16 lm_head of 151936 x 2048 takes 56 ms at one row, where a float32
+# copy, twice as large, takes 79; pieces of 4096 rows take 445 (two Zen 4 cores, torch 2.13).
+_ROWS_WIDENED_AT_ONCE = 512
+
+
+def _wide_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """A float32 result (logits) of 16-bit operands, piece by piece of the weight's rows."""
+    x = x.float()
+    pieces = [linear(x, piece.float()) for piece in weight.split(_ROWS_WIDENED_AT_ONCE)]
+    y = torch.cat(pieces, dim=1)
+    return y if bias is None else y + bias.float()
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -14,11 +14,13 @@ from ...layers import (
     Embedding,
     GatedMLP,
     KeyValueCacheParams,
+    LayerCache,
     RmsNorm,
 )
 from ...mapping import Mapping
 from ...module import Module, ModuleList
 from ...network import Tensor
+from ...quantization import QuantMode
 from .config import QWenConfig
 
 
@@ -52,10 +54,8 @@ class QWenDecoderLayer(Module):
             config.hidden_size, config.mlp_hidden_size, "silu", dtype, mapping.tp_group, mapping.tp_size
         )
 
-    def forward(
-        self, hidden_states: Tensor, past_key_value: Tensor, block_tables: Tensor, attention_params: AttentionParams
-    ) -> Tensor:
-        attention_output = self.attention(self.ln_1(hidden_states), past_key_value, block_tables, attention_params)
+    def forward(self, hidden_states: Tensor, cache: LayerCache, attention_params: AttentionParams) -> Tensor:
+        attention_output = self.attention(self.ln_1(hidden_states), cache, attention_params)
         self.register_network_output("attention", attention_output)
         hidden_states = hidden_states + attention_output
         mlp_output = self.mlp(self.ln_2(hidden_states))
@@ -66,7 +66,7 @@ class QWenDecoderLayer(Module):
 
 
 class QWenForCausalLM(Module):
-    """Logits of a Qwen model; `dtype` is that of weights and activations.
+    """Logits of a Qwen model; `dtype` is that of weights and activations. `models.quantize_model` changes both.
 
     The residual stream is float32 in every precision: Qwen's outliers overflow float16 there, and what each layer
     adds would be rounded away otherwise. It costs 2 hidden_size bytes per token and layer, next to all the weights.
@@ -79,6 +79,8 @@ class QWenForCausalLM(Module):
             raise ValueError(f"pp_size is {mapping.pp_size}: pipeline parallelism is not supported, expected 1")
         self.config = config
         self.dtype = dtype
+        self.kv_dtype = dtype  # of the KV pools; "int8" comes with scales
+        self.quant_mode = QuantMode(0)
         self.mapping = mapping
         self.vocab_embedding = Embedding(config.vocab_size, config.hidden_size, dtype)
         self.layers = ModuleList([QWenDecoderLayer(config, dtype, mapping) for _ in range(config.num_hidden_layers)])
@@ -122,6 +124,8 @@ class QWenForCausalLM(Module):
         """The network inputs of `forward`, packed and paged; ranges are the engine's limits, not part of the graph."""
         attention = self.layers[0].attention
         pool = ("num_blocks", 2, attention.num_kv_heads, tokens_per_block, attention.head_size)
+        layers = range(len(self.layers))
+        has_scales = self.kv_dtype == "int8"
         return {
             "input_ids": Tensor("input_ids", "int32", ["num_tokens"]),
             "last_token_ids": Tensor("last_token_ids", "int32", ["num_logits"]),
@@ -132,10 +136,13 @@ class QWenForCausalLM(Module):
                 context_lengths=Tensor("context_lengths", "int32", ["batch"]),
             ),
             "kv_cache_params": KeyValueCacheParams(
-                past_key_value=tuple(
-                    Tensor(f"past_key_value_{index}", self.dtype, pool) for index in range(len(self.layers))
-                ),
+                past_key_value=tuple(Tensor(f"past_key_value_{index}", self.kv_dtype, pool) for index in layers),
                 block_tables=Tensor("block_tables", "int32", ["batch", "max_blocks"]),
+                key_value_scales=(
+                    tuple(Tensor(f"key_value_scales_{index}", "float32", pool[:-1]) for index in layers)
+                    if has_scales
+                    else None
+                ),
             ),
         }
 
@@ -148,8 +155,8 @@ class QWenForCausalLM(Module):
     ) -> Tensor:
         hidden_states = cast(self.vocab_embedding(input_ids), "float32")
         self.register_network_output("embedding", hidden_states)
-        for layer, past_key_value in zip(self.layers, kv_cache_params.past_key_value, strict=True):
-            hidden_states = layer(hidden_states, past_key_value, kv_cache_params.block_tables, attention_params)
+        for index, layer in enumerate(self.layers):
+            hidden_states = layer(hidden_states, kv_cache_params.of_layer(index), attention_params)
         hidden_states = gather_last_token_logits(hidden_states, last_token_ids)
         logits = self.lm_head(self.ln_f(hidden_states))
         self.register_network_output("logits", logits)

@@ -1,0 +1,92 @@
+"""What quantization cost an engine, measured when it was built. Plain numbers, readable without torch."""
+
+import math
+from dataclasses import asdict, dataclass, fields
+from reprlib import repr as shortened
+from typing import Any
+
+_LARGEST_LIST = 64
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What a build lets pass."""
+
+    mean_kl: float  # nats per token
+    layer_error: float  # of any layer
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """|quantized - unquantized| / |unquantized|, Frobenius norms, of what a layer half makes of the same input."""
+
+    layer: str
+    relative_error: float
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A quantized engine beside its unquantized network on the same text."""
+
+    text: str  # what was read
+    num_tokens: int  # whose next-token distributions were compared
+    mean_kl: float  # KL(unquantized || quantized) of the next token, nats per token
+    top1_agreement: float  # share of tokens of which both name the same next token
+    perplexity: float
+    unquantized_perplexity: float
+    worst_layers: tuple[LayerError, ...]  # largest first
+    gate: Gate
+    loss_was_allowed: bool  # --allow_accuracy_loss
+
+    @property
+    def passes(self) -> bool:
+        """Whether the gate holds; what is not a number does not pass."""
+        return self.mean_kl <= self.gate.mean_kl and all(
+            layer.relative_error <= self.gate.layer_error for layer in self.worst_layers
+        )
+
+    def __str__(self) -> str:
+        worst = self.worst_layers[0]
+        allowed = "" if self.passes else ", WORSE than the gate" + (", allowed" if self.loss_was_allowed else "")
+        return (
+            f"mean KL {self.mean_kl:.5f} nats (gate {self.gate.mean_kl:g}), top-1 agreement {self.top1_agreement:.2%}, "
+            f"perplexity {self.perplexity:.4f} (unquantized {self.unquantized_perplexity:.4f}), worst layer "
+            f"{worst.layer} {worst.relative_error:.2%} (gate {self.gate.layer_error:.0%}), on {self.num_tokens} tokens "
+            f"of {self.text}{allowed}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Any) -> "Verdict":
+        """Read what `to_dict` wrote; anything of another form is a ValueError."""
+        facts = _fields_of(cls, data, "verdict")
+        layers = facts["worst_layers"]
+        if not isinstance(layers, list) or not 1 <= len(layers) <= _LARGEST_LIST:
+            raise ValueError(f"verdict: worst_layers is {shortened(layers)}, expected 1 to {_LARGEST_LIST} layers")
+        facts["worst_layers"] = tuple(
+            LayerError(**_fields_of(LayerError, layer, f"verdict.worst_layers[{index}]"))
+            for index, layer in enumerate(layers)
+        )
+        facts["gate"] = Gate(**_fields_of(Gate, facts["gate"], "verdict.gate"))
+        return cls(**facts)
+
+
+_NUMBERS_BESIDES_NAN = {"num_tokens": int, "loss_was_allowed": bool, "text": str, "layer": str}
+
+
+def _fields_of(kind: type, data: Any, where: str) -> dict[str, Any]:
+    names = {field.name for field in fields(kind)}
+    if not isinstance(data, dict) or set(data) != names:
+        raise ValueError(f"{where} is {shortened(data)}, expected exactly {sorted(names)}")
+    for name, value in data.items():
+        if name in ("worst_layers", "gate"):
+            continue
+        wanted = _NUMBERS_BESIDES_NAN.get(name, float)
+        is_number = wanted is float and isinstance(value, int | float) and not isinstance(value, bool)
+        if type(value) is not wanted and not is_number:
+            raise ValueError(f"{where}.{name} is {shortened(value)}, expected {wanted.__name__}")
+        if wanted is float and value < 0 and not math.isnan(value):
+            raise ValueError(f"{where}.{name} is {value!r}, expected a number that is not negative")
+    return dict(data)
