@@ -273,7 +273,7 @@ class Engine:
         engine = cls.load(path)
         written = engine.config.to_config_json()["builder_config"]
         for key, value in written.items():
-            if key in builder_config and builder_config[key] != value:
+            if key in builder_config and _as_json(builder_config[key]) != _as_json(value):
                 raise ValueError(
                     f"{engine_dir / 'config.json'}: {key} is {builder_config[key]!r}, but {path.name} has {value!r}; "
                     f"config.json only describes the engine, rebuild to change it"
@@ -334,6 +334,11 @@ class _FileWeights(Mapping[str, torch.Tensor]):
                     raise ValueError(
                         f"weight {name} has SHA-256 {digest}, expected {digests[name]}: the file was altered or damaged"
                     )
+
+
+def _as_json(value: Any) -> str:
+    """A form in which tuples are lists, and NaN equals itself."""
+    return json.dumps(value, sort_keys=True)
 
 
 def _bytes_of(tensor: torch.Tensor, spec: TensorSpec) -> memoryview:

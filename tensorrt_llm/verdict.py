@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass, fields
 from reprlib import repr as shortened
 from typing import Any
 
+from .quantization.mode import QuantMode
+
 _LARGEST_LIST = 64
 
 
@@ -14,6 +16,19 @@ class Gate:
 
     mean_kl: float  # nats per token
     layer_error: float  # of any layer
+
+
+def default_gate(mode: QuantMode) -> Gate:
+    """The gate of a mode: about five times what it costs a trained model of good health, well below what a fault costs.
+
+    Scales of one matrix in the wrong order make its layer's error 0.5 or more, and so does an INT8 mode on weights or
+    activations that it does not suit; INT4 by itself makes 0.1 to 0.2.
+    """
+    if mode.is_int4_weight_only():
+        return Gate(mean_kl=0.1 if mode.has_per_group_scaling() else 0.2, layer_error=0.4)
+    if mode.has_act_and_weight_quant():
+        return Gate(mean_kl=0.05, layer_error=0.25)
+    return Gate(mean_kl=0.02, layer_error=0.1)
 
 
 @dataclass(frozen=True)
@@ -26,9 +41,10 @@ class LayerError:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A quantized engine beside its unquantized network on the same text."""
+    """A quantized engine beside its unquantized network on the same text; `reference` says whose weights that had."""
 
-    text: str  # what was read
+    reference: str  # what the quantized engine was compared with
+    text: str  # what both read
     num_tokens: int  # whose next-token distributions were compared
     mean_kl: float  # KL(unquantized || quantized) of the next token, nats per token
     top1_agreement: float  # share of tokens of which both name the same next token
@@ -52,11 +68,13 @@ class Verdict:
             f"mean KL {self.mean_kl:.5f} nats (gate {self.gate.mean_kl:g}), top-1 agreement {self.top1_agreement:.2%}, "
             f"perplexity {self.perplexity:.4f} (unquantized {self.unquantized_perplexity:.4f}), worst layer "
             f"{worst.layer} {worst.relative_error:.2%} (gate {self.gate.layer_error:.0%}), on {self.num_tokens} tokens "
-            f"of {self.text}{allowed}"
+            f"of {self.text}, against {self.reference}{allowed}"
         )
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """JSON values."""
+        facts = asdict(self)
+        return facts | {"worst_layers": list(facts["worst_layers"])}
 
     @classmethod
     def from_dict(cls, data: Any) -> "Verdict":
@@ -73,7 +91,7 @@ class Verdict:
         return cls(**facts)
 
 
-_NUMBERS_BESIDES_NAN = {"num_tokens": int, "loss_was_allowed": bool, "text": str, "layer": str}
+_NUMBERS_BESIDES_NAN = {"num_tokens": int, "loss_was_allowed": bool, "reference": str, "text": str, "layer": str}
 
 
 def _fields_of(kind: type, data: Any, where: str) -> dict[str, Any]:

@@ -25,7 +25,7 @@ ALLOWED = {
     "tokenizer": set(),
     "plan": {"dtype"},
     "network": {"dtype", "plan"},
-    "verdict": set(),
+    "verdict": {"quantization.mode"},
     "quantization.mode": set(),
     "quantization.quantize": set(),
     "quantization": {"quantization.mode", "quantization.quantize"},

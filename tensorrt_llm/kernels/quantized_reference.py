@@ -30,10 +30,9 @@ def weight_only_quant_matmul(
 ) -> torch.Tensor:
     """x [T, k] times the transpose of the dequantized weight [n, k], plus bias [n]; one rounding at the end."""
     zero, bias = split_optional(zero_and_bias, has_zero)
-    wide = compute_dtype(x)
-    product = x.to(wide) @ dequantize(weight, scale.to(wide), zero, bits=bits).T
+    product = _wide_product(x, weight, scale, zero, bits)
     if bias is not None:
-        product = product + bias.to(wide)
+        product = product + bias.to(product.dtype)
     return product.to(torch_dtype(dtype))
 
 
@@ -42,12 +41,18 @@ def weight_only_gated_mlp(
 ) -> torch.Tensor:
     """silu(x fc^T) * (x gate^T); weights are weight, scale and perhaps zero of fc, then those of gate."""
     half = len(weights) // 2
-    wide = "float64" if compute_dtype(x) == torch.float64 else "float32"
     fc, gate = (
-        weight_only_quant_matmul(x, *branch, bits=bits, has_zero=has_zero, dtype=wide)
+        _wide_product(x, branch[0], branch[1], branch[2] if has_zero else None, bits)
         for branch in (weights[:half], weights[half:])
     )
     return (torch.nn.functional.silu(fc) * gate).to(torch_dtype(dtype))
+
+
+def _wide_product(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, bits: int
+) -> torch.Tensor:
+    wide = compute_dtype(x)
+    return x.to(wide) @ dequantize(weight, scale.to(wide), zero, bits=bits).T
 
 
 def quantize_tensor(x: torch.Tensor, scale: torch.Tensor, smoother: torch.Tensor | None = None) -> torch.Tensor:

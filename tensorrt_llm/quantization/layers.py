@@ -82,9 +82,6 @@ class WeightOnlyMatmul(Module):
     def _checked(self, loaded: QuantizedWeight) -> QuantizedWeight:
         name = self.weight.name
         assert loaded.bits == self.bits and (loaded.zero is None) == (self.zero is None), name
-        groups = self.scale.shape[1]
-        if loaded.scale.shape[1] < groups:
-            loaded = loaded.regrouped(loaded.shape[1] // groups)
         if not loaded.scale.isfinite().all() or (loaded.scale == 0).any():
             bad = loaded.scale[~(loaded.scale.isfinite() & (loaded.scale != 0))][0].item()
             raise ValueError(f"{name}: a quantization scale is {bad}, expected finite numbers other than zero")

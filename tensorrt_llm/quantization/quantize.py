@@ -6,6 +6,7 @@ q is a signed integer of 8 or 4 bits; without `zero` the grid is symmetric. One 
 Int4 lies two to a byte along k, the even k in the low nibble, as q + 8 (offset binary).
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -53,15 +54,16 @@ class QuantizedWeight:
         return QuantizedWeight(self.bits, self.weight[start:stop], self.scale[start:stop], zero)
 
     def columns(self, start: int, stop: int) -> "QuantizedWeight":
-        """Columns at the borders of groups; of a per-channel weight any (even, for int4) columns."""
+        """Some columns (an even number, for int4); where they cut a group, all groups become as small as its parts."""
         packing = 8 // self.bits
         weight = self.weight[:, start // packing : stop // packing].contiguous()
         if self.scale.shape[1] == 1:
             return QuantizedWeight(self.bits, weight, self.scale, self.zero)
-        assert start % self.group_size == stop % self.group_size == 0, (start, stop, self.group_size)
-        groups = slice(start // self.group_size, stop // self.group_size)
-        zero = None if self.zero is None else self.zero[:, groups].contiguous()
-        return QuantizedWeight(self.bits, weight, self.scale[:, groups].contiguous(), zero)
+        group_size = math.gcd(self.group_size, start, stop)
+        finer = self.regrouped(group_size)
+        groups = slice(start // group_size, stop // group_size)
+        zero = None if finer.zero is None else finer.zero[:, groups].contiguous()
+        return QuantizedWeight(self.bits, weight, finer.scale[:, groups].contiguous(), zero)
 
     def regrouped(self, group_size: int) -> "QuantizedWeight":
         """The same numbers in smaller groups: scales and zeros are repeated."""

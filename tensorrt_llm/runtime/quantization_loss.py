@@ -26,14 +26,18 @@ def measure_loss(
     quantized: Engine,
     unquantized: Engine,
     texts: Sequence[Sequence[int]],
-    text_name: str,
-    gate: Gate,
     device: torch.device,
+    *,
+    text_name: str,
+    reference_name: str,
+    gate: Gate,
     loss_is_allowed: bool = False,
 ) -> Verdict:
-    """Compare two engines of one model on `texts`, lists of token ids of two or more tokens each."""
-    if any(len(text) < 2 for text in texts) or not texts:
-        raise ValueError(f"{text_name}: {len(texts)} texts, expected at least one, each of two or more tokens")
+    """Compare two engines of one model on `texts`, lists of token ids of two or more tokens each.
+
+    An unquantized network whose activations are not finite is a ValueError.
+    """
+    assert texts and all(len(text) >= 2 for text in texts), "a text is read and has a next token"
     expected = walk(unquantized, texts, device, logits_of=len(texts))
     found = walk(quantized, [*texts, *texts], device, logits_of=len(texts))
     num_tokens = sum(len(text) for text in texts)
@@ -43,6 +47,11 @@ def measure_loss(
             wanted = _result(expected, unquantized.plan.marks[mark])
             free_and_forced = _result(found, name)
             forced = free_and_forced[num_tokens:]
+            if not wanted.isfinite().all():
+                raise ValueError(
+                    f"{mark}: the unquantized network makes infinite or NaN activations in "
+                    f"{unquantized.config.precision}; build with bfloat16 or float32"
+                )
             errors.append(LayerError(mark, _relative_error(forced, wanted)))
             forced.copy_(wanted)
     divergence = _compare_logits(
@@ -52,6 +61,7 @@ def measure_loss(
         quantized.config.vocab_size,
     )
     return Verdict(
+        reference=reference_name,
         text=text_name,
         num_tokens=divergence.num_tokens,
         mean_kl=divergence.kl / divergence.num_tokens,

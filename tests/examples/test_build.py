@@ -13,7 +13,7 @@ from pathlib import Path
 import build
 import pytest
 import torch
-from build import BuildArgs
+from build_args import BuildArgs
 from checkpoints import write_qwen1_checkpoint, write_qwen2_checkpoint
 from command_line import run_script
 from models_for_tests import on_cpu, random_prompts

@@ -45,6 +45,8 @@ def weight_only_quant_matmul(
     dtype: str,
 ) -> torch.Tensor:
     """x [T, k] and what `prepare_weight_only_quant_matmul` made of weight, scale, zero and bias -> [T, n]."""
+    if weight.shape[0] > 1 and x.shape[0] > _LARGEST_INTEGER_BATCH:
+        return _dequantized_matmul(x, weight, scale, zero, bias).to(torch_dtype(dtype))
     digits, step = _digits(x)
     tokens, columns = x.shape
     group_size = columns // weight.shape[0]
@@ -56,6 +58,23 @@ def weight_only_quant_matmul(
         y += sums * scale[group]
     y *= step
     return (y if bias is None else y + bias).to(torch_dtype(dtype))
+
+
+# Beyond it the sums of digits of every group, three int32 for each of T x n, cost more than the multiplication: 2048 x
+# 5504 int4 in groups of 128 takes 36 ms either way at 64 rows, 1217 against 199 ms at 512 (one Zen 4 core, torch 2.13).
+_LARGEST_INTEGER_BATCH = 64
+
+
+def _dequantized_matmul(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """The same in float32 for many tokens: each group is dequantized once for all of them."""
+    groups, group_size, rows = weight.shape
+    y = torch.zeros(x.shape[0], rows) if bias is None else bias.expand(x.shape[0], rows).clone()
+    for group, part in enumerate(x.float().split(group_size, dim=1)):
+        integers = weight[group].float()
+        y.addmm_(part, (integers if zero is None else integers - zero[group]).mul_(scale[group]))
+    return y
 
 
 def prepare_weight_only_gated_mlp(
