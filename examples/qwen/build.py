@@ -42,7 +42,7 @@ def main(args: BuildArgs) -> None:
     args.mapping(rank=0)  # refuses sizes that do not add up, before anything is made for each rank
     source = WeightSource.open(args)
     engines = [source.engine(rank) for rank in range(args.world_size)]
-    estimate = Estimate.of(engines[0], args)
+    estimate = Estimate.of(engines[0], source)
     if args.dry_run:
         print(estimate)
         return
@@ -69,7 +69,7 @@ def judge(source: WeightSource) -> Verdict | None:
     Ranks hold equal parts of the model that one rank would hold, so that is what is measured.
     """
     args, scheme = source.args, source.scheme
-    if not scheme.is_quantized or args.dummy_weights:
+    if not source.is_judged:
         return None
     text = accuracy_text(
         args.accuracy_text,

@@ -5,8 +5,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from build_args import BuildArgs
-from hf_checkpoint import READABLE_DTYPES, HfCheckpoint
+from weight_source import WeightSource
 
 from tensorrt_llm import Engine
 from tensorrt_llm.dtype import itemsize
@@ -14,6 +13,11 @@ from tensorrt_llm.dtype import itemsize
 # Tensors below 32 MB that are put together (q, k and v of Qwen2) or cast lie on the heap, which does not always reuse
 # the place of the last one: builds of one checkpoint (1.8B, float16) peaked at 0.83 to 0.99 GiB for 0.80 in use.
 _HEAP_SHARE = 1.1
+
+
+# The verdict holds float32 activations of a text three times (the unquantized network's, and two of the quantized), and
+# a few of a layer's tensors at once.
+_COPIES_OF_A_TEXT = 20
 
 
 @dataclass(frozen=True)
@@ -27,18 +31,22 @@ class Estimate:
     activations: int
 
     @classmethod
-    def of(cls, engine: Engine, args: BuildArgs) -> "Estimate":
-        largest = max(spec.num_elements for spec in engine.plan.weights)
-        stored = stored_dtype(args)
-        bytes_per_element = itemsize(stored) + (itemsize(args.dtype) if stored != args.dtype else 0)
-        limits = engine.config.limits
+    def of(cls, engine: Engine, source: WeightSource) -> "Estimate":
+        config, args = engine.config, source.args
+        largest = max(spec.num_elements * (2 if spec.dtype == "uint8" else 1) for spec in engine.plan.weights)
+        bytes_per_element = itemsize(source.stored_dtype)
+        if source.stored_dtype != args.dtype:
+            bytes_per_element += itemsize(args.dtype)
+        # Torch itself, then the largest tensor: as the checkpoint's mapped file holds it, and as it is cast.
+        host = peak_host_bytes() + largest * bytes_per_element
+        if source.is_judged:
+            host += _COPIES_OF_A_TEXT * args.accuracy_tokens * 4 * (config.hidden_size + config.inter_size)
         return cls(
-            # Torch itself, then the largest tensor: as the checkpoint's mapped file holds it, and as it is cast.
-            host=int(_HEAP_SHARE * (peak_host_bytes() + largest * bytes_per_element)),
+            host=int(_HEAP_SHARE * host),
             disk=engine.weight_bytes * args.world_size,
             weights=engine.weight_bytes,
-            kv_cache=engine.config.kv_bytes_per_token * limits.max_batch_size * limits.max_seq_len,
-            activations=engine.config.activation_bytes,
+            kv_cache=config.kv_bytes_per_token * config.limits.max_batch_size * config.limits.max_seq_len,
+            activations=config.activation_bytes,
         )
 
     def check_disk(self, output_dir: Path) -> None:
@@ -58,14 +66,6 @@ class Estimate:
                 f"{gib(self.kv_cache)}, activations {gib(self.activations)})",
             )
         )
-
-
-def stored_dtype(args: BuildArgs) -> str:
-    """The widest dtype among the tensors that this build reads."""
-    if args.dummy_weights:
-        return args.dtype
-    found = {info.dtype for info in HfCheckpoint(args.hf_model_dir).tensors().values()}
-    return max(found & set(READABLE_DTYPES), key=itemsize)
 
 
 def peak_host_bytes() -> int:

@@ -31,7 +31,8 @@ _SAFETENSORS_DTYPES = {
     "U8": ("uint8", 1),
     "BOOL": ("bool", 1),
 }
-READABLE_DTYPES = ("float32", "float16", "bfloat16")
+READABLE_DTYPES = ("float32", "float16", "bfloat16")  # of weights
+READABLE_INTEGERS = ("int8", "int32", "int64")  # of quantized weights, and of what belongs to them
 _LARGEST_HEADER_BYTES = 100_000_000  # safetensors' own limit
 _GIT_LFS_POINTER = b"version https://git-lfs"
 
@@ -48,12 +49,16 @@ class TensorInfo:
 
 
 class HfCheckpoint:
-    """The tensors of one folder, by name. A damaged or unreadable folder is a ValueError when it is opened."""
+    """The tensors of one folder or file, by name. A damaged or unreadable one is a ValueError when it is opened.
 
-    def __init__(self, directory: str | Path) -> None:
-        self.directory = Path(directory)
+    In a folder the shards are called "model", or first of all by one of the names in `stems`.
+    """
+
+    def __init__(self, path: str | Path, stems: tuple[str, ...] = ()) -> None:
+        path = Path(path)
+        self.directory = path.parent if path.is_file() else path
         self._tensors: dict[str, TensorInfo] = {}
-        index, shards = _find_shards(self.directory)
+        index, shards = ({}, [path]) if path.is_file() else _find_shards(path, stems)
         for shard in shards:
             scan = _scan_safetensors if shard.suffix == ".safetensors" else _scan_bin
             for name, info in scan(shard):
@@ -86,8 +91,9 @@ class HfCheckpoint:
 
     def _read(self, name: str, index: _Index) -> torch.Tensor:
         info = self._tensors[name]
-        if info.dtype not in READABLE_DTYPES:
-            raise ValueError(f"{info.file}: {name} is {info.dtype}, expected {', '.join(READABLE_DTYPES)}")
+        readable = READABLE_DTYPES + READABLE_INTEGERS
+        if info.dtype not in readable:
+            raise ValueError(f"{info.file}: {name} is {info.dtype}, expected {', '.join(readable)}")
         if info.file.suffix != ".safetensors":
             return _map_bin(info.file)[name][index].contiguous()
         try:
@@ -97,9 +103,9 @@ class HfCheckpoint:
             raise ValueError(f"{info.file}: {name} cannot be read: {error}") from error
 
 
-def _find_shards(directory: Path) -> tuple[dict[str, str], list[Path]]:
+def _find_shards(directory: Path, stems: tuple[str, ...]) -> tuple[dict[str, str], list[Path]]:
     """The index (tensor name -> shard name, empty without one) and the shards, in the order in which HF looks."""
-    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+    for stem, suffix in (*((stem, "safetensors") for stem in (*stems, "model")), ("pytorch_model", "bin")):
         single = directory / f"{stem}.{suffix}"
         if single.exists():
             return {}, [single]
@@ -111,7 +117,8 @@ def _find_shards(directory: Path) -> tuple[dict[str, str], list[Path]]:
         raise ValueError(f"{directory}: no such folder, expected a Hugging Face checkpoint")
     found = sorted(file.name for file in directory.iterdir() if file.suffix in (".safetensors", ".bin"))
     raise ValueError(
-        f"{directory}: no weights found, expected model.safetensors or pytorch_model.bin, or shards with their "
+        f"{directory}: no weights found, expected {''.join(f'{stem}.safetensors, ' for stem in stems)}"
+        f"model.safetensors or pytorch_model.bin, or shards with their "
         f"model.safetensors.index.json or pytorch_model.bin.index.json; found {', '.join(found) or 'no such files'}"
     )
 

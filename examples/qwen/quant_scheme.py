@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from build_args import FROM_CHECKPOINT, BuildArgs
+from quantized_checkpoint import QuantizedCheckpoint
 
 from tensorrt_llm.models import quantize_model
 from tensorrt_llm.quantization import QuantMode
@@ -20,7 +21,8 @@ class QuantScheme:
     mode: QuantMode
     algo: str  # EngineConfig.quant_algo
     layout: WeightOnlyLayout | None = None  # of weight-only layers
-    quantizes_lm_head: bool = False
+    quantizes_lm_head: bool = False  # to INT8 per channel
+    lm_head_has_layout: bool = False  # the checkpoint's output layer is stored like its other layers
 
     @property
     def is_quantized(self) -> bool:
@@ -36,6 +38,7 @@ class QuantScheme:
             zero=layout.zero,
             pre_quant_scale=layout.pre_quant_scale,
             act_order=layout.act_order,
+            exclude_modules=() if self.lm_head_has_layout else ("lm_head",),
             quantize_lm_head=self.quantizes_lm_head,
         )
 
@@ -93,7 +96,7 @@ def check_flags(flags: BuildArgs) -> None:
         raise ValueError(f"--group_size is {flags.group_size}, expected at least 1")
 
 
-def scheme_of(flags: BuildArgs, checkpoint: Any = None) -> QuantScheme:
+def scheme_of(flags: BuildArgs, checkpoint: QuantizedCheckpoint | None = None) -> QuantScheme:
     """The scheme of checked flags; what an opened quantized `checkpoint` says of itself counts for its layers."""
     if checkpoint is not None:
         layout, algo = _checkpoint_layout(flags, checkpoint), checkpoint.quant_algo
@@ -112,7 +115,10 @@ def scheme_of(flags: BuildArgs, checkpoint: Any = None) -> QuantScheme:
         layout, mode, algo = None, QuantMode(0), "W8A16_LM_HEAD" if flags.quantize_lm_head else ""
     if flags.int8_kv_cache:
         mode = mode.set_int8_kv_cache()
-    return QuantScheme(mode, algo, layout, flags.quantize_lm_head)
+    lm_head_has_layout = checkpoint is not None and checkpoint.quantizes_lm_head
+    if lm_head_has_layout and flags.quantize_lm_head:
+        raise ValueError("--quantize_lm_head is given, but the checkpoint's output layer is quantized already")
+    return QuantScheme(mode, algo, layout, flags.quantize_lm_head, lm_head_has_layout)
 
 
 def _weight_only(layout: WeightOnlyLayout) -> QuantMode:
@@ -129,8 +135,8 @@ def _dummy_layout(flags: BuildArgs) -> WeightOnlyLayout | None:
     }.get(flags.weight_only_precision or "")
 
 
-def _checkpoint_layout(flags: BuildArgs, checkpoint: Any) -> WeightOnlyLayout:
-    layout: WeightOnlyLayout = checkpoint.layout
+def _checkpoint_layout(flags: BuildArgs, checkpoint: QuantizedCheckpoint) -> WeightOnlyLayout:
+    layout = checkpoint.layout
     bits, _, method = str(flags.weight_only_precision).partition("_")
     others = {"gptq", "awq"} - {method}
     if bits != f"int{layout.bits}" or any(other.upper() in checkpoint.quant_algo for other in others):

@@ -12,6 +12,7 @@ from build_args import BuildArgs
 from checkpoints import write_qwen1_checkpoint, write_qwen2_checkpoint
 from command_line import run_script
 from models_for_tests import on_cpu, random_prompts
+from quantized_folders import Scheme, write_ammo, write_quantized
 
 from tensorrt_llm import Engine
 from tensorrt_llm.quantization import QuantizedWeight, QuantMode, quantize_weight
@@ -160,3 +161,62 @@ def test_grouped_heads_and_tied_embeddings_build_too(run: Run, tmp_path: Path) -
     source = write_qwen2_checkpoint(tmp_path / "qwen2", hidden=64, heads=4, num_kv_heads=2, mlp_width=96, tie=True)
     code, _, err = run(*INT8, "--quantize_lm_head", "--int8_kv_cache", "--accuracy_gate", 1, source=source)
     assert code == 0, err
+
+
+# Quantized checkpoints
+
+
+@pytest.mark.parametrize(
+    ("scheme", "precision", "algo"),
+    [
+        (Scheme("gptq", act_order=True), "int4_gptq", "W4A16_GPTQ"),
+        (Scheme("gptq", bits=8, symmetric=True), "int8_gptq", "W8A16_GPTQ"),
+        (Scheme("awq"), "int4_awq", "W4A16_AWQ"),
+        (Scheme("compressed-tensors"), "int4_awq", "W4A16"),
+    ],
+)
+def test_a_published_checkpoint_is_judged_by_what_is_at_hand(
+    scheme: Scheme, precision: str, algo: str, run: Run, tmp_path: Path, checkpoint: Path
+) -> None:
+    """Alone it can only be held against its own dequantized weights; beside the plain checkpoint its loss shows."""
+    folder = tmp_path / "quantized"
+    write_quantized(checkpoint, folder, scheme)
+    flags = ("--use_weight_only", "--weight_only_precision", precision, "--accuracy_gate", 1)
+    verdicts = []
+    for source, more in ((folder, ()), (checkpoint, ("--quant_ckpt_path", folder))):
+        code, _, err = run(*flags, *more, source=source)
+        assert code == 0, err
+        config = Engine.from_dir(tmp_path / "engine").config
+        assert config.quant_algo == algo and config.verdict is not None
+        verdicts.append(config.verdict)
+    own, plain = verdicts
+    assert "own dequantized weights" in own.reference and own.mean_kl < 1e-5
+    assert "unquantized weights of qwen" in plain.reference and plain.mean_kl > 10 * own.mean_kl
+
+
+def test_ammo_weights_are_judged_with_their_input_scales(run: Run, tmp_path: Path, checkpoint: Path) -> None:
+    write_ammo(checkpoint, tmp_path / "awq.pt", group_size=16)
+    flags = ("--use_weight_only", "--weight_only_precision", "int4_awq", "--quant_ckpt_path", tmp_path / "awq.pt")
+    code, _, err = run(*flags, "--accuracy_gate", 1)
+    verdict = Engine.from_dir(tmp_path / "engine").config.verdict if code == 0 else None
+    assert verdict is not None and verdict.mean_kl < 0.3, err
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--weight_only_precision", "int4_awq"), "but the checkpoint is W4A16_GPTQ of 4 bits"),
+        (("--weight_only_precision", "int8_gptq"), "but the checkpoint is W4A16_GPTQ of 4 bits"),
+        (
+            ("--weight_only_precision", "int4_gptq", "--per_group", "--group_size", 64),
+            "--group_size is 64, but the checkpoint has groups of 16",
+        ),
+        (("--weight_only_precision", "int4"), "quantization_config"),
+    ],
+)
+def test_a_quantized_checkpoint_is_not_taken_for_another(
+    flags: tuple[object, ...], words: str, run: Run, tmp_path: Path, checkpoint: Path
+) -> None:
+    write_quantized(checkpoint, tmp_path / "quantized", Scheme("gptq"))
+    code, _, err = run("--use_weight_only", *flags, source=tmp_path / "quantized")
+    assert code == 1 and words in err, err

@@ -66,12 +66,43 @@ def test_a_dropped_tensor_leaves_no_mapping_behind(written: Path) -> None:
     assert total and str(written) not in Path("/proc/self/maps").read_text()
 
 
-def test_other_dtypes_are_listed_but_not_read(tmp_path: Path) -> None:
-    write_tensors(tmp_path, {"ids": torch.arange(4)}, "safetensors", 1)
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.int64])
+@pytest.mark.parametrize("storage", ["safetensors", "bin"])
+def test_integers_are_read_bit_for_bit(tmp_path: Path, dtype: torch.dtype, storage: Storage) -> None:
+    words = (torch.arange(42) * 2_654_435_761).to(dtype).reshape(6, 7)
+    write_tensors(tmp_path, {"words": words}, storage, 1)
     checkpoint = HfCheckpoint(tmp_path)
-    assert checkpoint.tensors()["ids"].dtype == "int64"
-    with pytest.raises(ValueError, match="model.safetensors: ids is int64, expected float32, float16, bfloat16"):
-        checkpoint.read("ids")
+    assert torch.equal(checkpoint.read("words"), words)
+    assert torch.equal(checkpoint.read_rows("words", 2, 5), words[2:5])
+    assert torch.equal(checkpoint.read_columns("words", 1, 6), words[:, 1:6])
+
+
+def test_other_dtypes_are_listed_but_not_read(tmp_path: Path) -> None:
+    write_tensors(tmp_path, {"flags": torch.ones(4, dtype=torch.bool)}, "safetensors", 1)
+    checkpoint = HfCheckpoint(tmp_path)
+    assert checkpoint.tensors()["flags"].dtype == "bool"
+    with pytest.raises(ValueError, match="model.safetensors: flags is bool, expected float32, float16, bfloat16, int8"):
+        checkpoint.read("flags")
+
+
+def test_one_file_is_read_whatever_its_name(tmp_path: Path) -> None:
+    write_tensors(tmp_path, TENSORS, "safetensors", 1)
+    file = (tmp_path / "model.safetensors").rename(tmp_path / "any.safetensors")
+    checkpoint = HfCheckpoint(file)
+    assert checkpoint.directory == tmp_path and torch.equal(checkpoint.read("matrix"), TENSORS["matrix"])
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_name_given_for_the_shards_comes_first(tmp_path: Path, shards: int) -> None:
+    write_tensors(tmp_path, {"old": torch.zeros(1)}, "safetensors", 1)
+    (tmp_path / "new").mkdir()
+    write_tensors(tmp_path / "new", TENSORS, "safetensors", shards)
+    for file in (tmp_path / "new").iterdir():
+        content = file.read_bytes()
+        if file.suffix == ".json":
+            content = content.replace(b"model-", b"mine-")
+        (tmp_path / file.name.replace("model", "mine")).write_bytes(content)
+    assert set(HfCheckpoint(tmp_path, ("mine",)).tensors()) == set(TENSORS)
 
 
 def test_safetensors_come_before_bin(tmp_path: Path) -> None:

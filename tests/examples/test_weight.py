@@ -12,7 +12,8 @@ from checkpoints import write_qwen1_checkpoint, write_qwen2_checkpoint, write_te
 from hf_checkpoint import HfCheckpoint
 from safetensors.torch import load_file
 from transformers import Qwen2ForCausalLM
-from weight import check_complete, load_from_hf_qwen, origins_of
+from weight import check_complete, load_from_hf_qwen
+from weight_map import origins_of
 
 from tensorrt_llm.mapping import Mapping
 from tensorrt_llm.models.qwen.config import QWenConfig
@@ -219,7 +220,7 @@ def test_missing_left_over_and_misshapen_tensors_are_one_error(tmp_path: Path) -
         "1 missing: transformer.h.1.mlp.w2.weight [48, 32]; "
         "1 left over: transformer.h.2.ln_1.weight [32]; "
         "1 of wrong shape: lm_head.weight is [97, 31], expected [97, 32]; "
-        "1 of wrong dtype (expected float32, float16, bfloat16): transformer.ln_f.weight is float64"
+        "1 of wrong dtype: transformer.ln_f.weight is float64, expected float32 or float16 or bfloat16"
     )
 
 

@@ -200,9 +200,14 @@ def test_the_expected_value_of_every_option_is_accepted(architecture: str, key: 
     assert read(with_key(SAMPLES[architecture], key, value)) == read(SAMPLES[architecture])
 
 
-def test_a_quantized_checkpoint_is_refused_with_its_method() -> None:
-    with pytest.raises(ValueError, match="quant_method is 'gptq'.*quantized checkpoints are not supported yet"):
+def test_a_quantized_checkpoint_is_refused_with_its_method_and_the_flags_that_read_it() -> None:
+    with pytest.raises(ValueError, match="quant_method is 'gptq'.*build.py .*--weight_only_precision int4_gptq"):
         read(QWEN_7B_CHAT | {"quantization_config": {"bits": 4, "quant_method": "gptq"}})
+
+
+def test_who_reads_quantized_weights_accepts_a_quantization_config() -> None:
+    data = QWEN_7B_CHAT | {"quantization_config": {"bits": 4, "quant_method": "gptq"}}
+    assert QWenConfig.from_dict(data, "config.json", accepts_quantized=True) == read(QWEN_7B_CHAT)
 
 
 def test_yarn_is_refused_by_name() -> None:

@@ -80,7 +80,10 @@ KEYS = {
 }
 
 # Key -> (the only value that the model implements, what another one would mean). None: the key must be absent or null.
-_QUANTIZED = "quantized checkpoints are not supported yet; give the unquantized one"
+_QUANTIZED = (
+    "quantized weights are read by build.py --use_weight_only --weight_only_precision int4_gptq, int8_gptq or int4_awq "
+    "with --quant_ckpt_path; give the unquantized checkpoint here"
+)
 _ROPE = "RoPE scaling is not supported"
 EXPECTED: dict[str, dict[str, tuple[Any, str]]] = {
     QWEN1: {
@@ -158,8 +161,8 @@ class QWenConfig:
             raise ValueError(f"the head size is {self.head_size}, expected at least 4 with use_dynamic_ntk")
 
     @classmethod
-    def from_hf_dir(cls, path: str | Path) -> "QWenConfig":
-        """Read `path`/config.json."""
+    def from_hf_dir(cls, path: str | Path, *, accepts_quantized: bool = False) -> "QWenConfig":
+        """Read `path`/config.json; only a caller that reads quantized weights accepts a quantization_config."""
         file = Path(path) / "config.json"
         try:
             data = json.loads(file.read_text(encoding="utf-8"))
@@ -167,13 +170,15 @@ class QWenConfig:
             raise ValueError(f"{file}: cannot be read ({error.strerror}), expected a Qwen config.json") from error
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{file}: not valid JSON ({error}), expected a Qwen config.json") from error
-        return cls.from_dict(data, str(file))
+        return cls.from_dict(data, str(file), accepts_quantized=accepts_quantized)
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any], source: str) -> "QWenConfig":
+    def from_dict(cls, data: dict[str, Any], source: str, *, accepts_quantized: bool = False) -> "QWenConfig":
         """Read the content of a config.json; `source` names it in errors."""
         try:
             architecture = _architecture(data)
+            if accepts_quantized:
+                data = {key: value for key, value in data.items() if key != "quantization_config"}
             _refuse_options(data, architecture)
             return cls(architecture=architecture, **_READERS[architecture](data))
         except ValueError as error:
