@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from chat_prompt import DEFAULT_SYSTEM, make_context, stop_words_for  # noqa: E402
 from command_line import flag, log_level_flag, run_script  # noqa: E402
 
+from tensorrt_llm.inspect import accuracy_of, is_quantized  # noqa: E402
 from tensorrt_llm.runtime import ModelRunner, SamplingConfig  # noqa: E402
 from tensorrt_llm.tokenizer import GenerationDefaults, Tokenizer, load_tokenizer, read_generation_defaults  # noqa: E402
 
@@ -105,6 +106,8 @@ def chat(args: ChatArgs) -> None:
     sampling = make_sampling(args, defaults, tokenizer)
     sampling.validate()
     runner = ModelRunner.from_dir(args.engine_dir, tokenizer=tokenizer, device=args.device)
+    if is_quantized(runner.config):
+        print(f"Accuracy: {accuracy_of(runner.config)}", file=sys.stderr)
     limits = runner.config.limits
     # Where the checkpoint recommends no window, the engine alone is the limit. (A window's bound is strict.)
     window = limits.max_input_len + 1 if defaults.max_window_size is None else defaults.max_window_size

@@ -22,7 +22,8 @@ from command_line import flag, log_level_flag, run_script  # noqa: E402
 from table import markdown_table  # noqa: E402
 from token_files import READABLE, read_prompts, read_token_ids, write_csv, write_npy  # noqa: E402
 
-from tensorrt_llm import Engine  # noqa: E402
+from tensorrt_llm import Engine, EngineConfig  # noqa: E402
+from tensorrt_llm.inspect import accuracy_of, is_quantized  # noqa: E402
 from tensorrt_llm.runtime import ModelRunner, SamplingConfig  # noqa: E402
 from tensorrt_llm.runtime.layer_comparison import LayerComparison, compare_layers  # noqa: E402
 from tensorrt_llm.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
@@ -89,9 +90,11 @@ def main(args: RunArgs) -> None:
     tokenizer = load_tokenizer(args.tokenizer_dir) if args.tokenizer_dir else None
     if args.debug_mode:
         engine = Engine.from_dir(args.engine_dir)
+        print_accuracy(engine.config)
         print_layers(engine, read_inputs(args, tokenizer, engine.config.limits.max_input_len)[0], args.device)
         return
     runner = ModelRunner.from_dir(args.engine_dir, tokenizer=tokenizer, device=args.device)
+    print_accuracy(runner.config)
     prompts = read_inputs(args, tokenizer, runner.config.limits.max_input_len)
     sampling = make_sampling(args, tokenizer, runner, prompts)
     if args.streaming:
@@ -100,6 +103,12 @@ def main(args: RunArgs) -> None:
         generate(runner, prompts, sampling, args)
     if args.run_profiling:
         print_profile(runner, prompts, sampling)
+
+
+def print_accuracy(config: EngineConfig) -> None:
+    """What quantization cost, on stderr: stdout is for answers."""
+    if is_quantized(config):
+        print(f"Accuracy: {accuracy_of(config)}", file=sys.stderr)
 
 
 def read_inputs(args: RunArgs, tokenizer: Tokenizer | None, max_input_len: int) -> list[Prompt]:

@@ -1,47 +1,43 @@
-"""Summarize news with engines and with Hugging Face, and compare: ROUGE, perplexity, token agreement, speed.
+"""Summarize news with engines and with Hugging Face, and compare: ROUGE, perplexity, KL, equal tokens, speed.
 
-    python summarize.py --backend both --engine_dir engines/fp16 engines/bf16 --hf_model_dir Qwen-7B-Chat
+    python summarize.py --backend both --engine_dir engines --hf_model_dir Qwen-7B-Chat --output_chart accuracy.png
 
 The Hugging Face side runs no remote code: a Qwen-1 checkpoint is loaded into transformers' Qwen2ForCausalLM, which is
 the same function up to the trained length of the model.
 
 Prompts, system prompt and metric are those of the original port. Latency is the time of generating ids and turning them
-into text, batch by batch, after one batch to warm up; prompts are made before. Perplexity is that of the reference
-summaries, their first --max_new_tokens tokens, given the article.
+into text, batch by batch, after a warm-up; prompts are made before. Perplexity, KL(Hugging Face || engine) and top-1
+agreement are those of the next token along the reference summaries, their first --max_new_tokens tokens.
 """
 
-import gc
 import json
 import logging
 import sys
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
 
 # A bare checkout works too, as on a GPU machine where nothing is installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from articles import BUNDLED_ARTICLES, Article, load_articles  # noqa: E402
 from backends import DATA_TYPES, Backend, EngineBackend, HfBackend  # noqa: E402
 from chat_prompt import stop_words_for  # noqa: E402
 from command_line import flag, log_level_flag, run_script  # noqa: E402
-from rouge import new_scorer, score_summaries  # noqa: E402
-from summary_prompt import summary_prompt, summary_query  # noqa: E402
-from summary_table import Run, summary_records, summary_table  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+from engine_folders import EngineFolder, find_engines  # noqa: E402
+from rouge import new_scorer  # noqa: E402
+from summary_chart import new_figure, write_chart  # noqa: E402
+from summary_exam import Exam, take_exam  # noqa: E402
+from summary_table import Figures, Run, summary_table  # noqa: E402
+from summary_tasks import Task, make_tasks  # noqa: E402
 
 from tensorrt_llm import Engine  # noqa: E402
 from tensorrt_llm.models import QWenConfig  # noqa: E402
 from tensorrt_llm.runtime import SamplingConfig  # noqa: E402
 from tensorrt_llm.runtime.session import pick_device  # noqa: E402
 from tensorrt_llm.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
-
-Item = TypeVar("Item")
 
 logger = logging.getLogger("summarize")
 
@@ -55,7 +51,11 @@ class SummarizeArgs:
         "transformers, the same function up to the trained length",
     )
     tokenizer_dir: Path | None = flag(None, help="folder of the tokenizer (default: hf_model_dir)")
-    engine_dir: list[Path] = flag([], help="folders that build.py wrote, each of them a row of the table")
+    engine_dir: list[Path] = flag(
+        [],
+        help="folders that build.py wrote, each of them a row of the table; a folder that holds such folders, at any "
+        "depth, stands for all of them",
+    )
     data_type: str = flag("fp32", help="dtype of the Hugging Face model", choices=tuple(DATA_TYPES))
     dataset_path: Path | None = flag(
         None,
@@ -82,7 +82,16 @@ class SummarizeArgs:
     rouge1_difference_threshold: float = flag(
         1.0, help="largest difference in ROUGE-1 between an engine and Hugging Face, with --backend both"
     )
+    kl_memory_gib: float = flag(
+        1.0,
+        help="host memory for what Hugging Face says along the reference summaries; KL is taken over as many articles "
+        "as have room there, evenly spread",
+    )
     output_json: Path | None = flag(None, help="also write the table's figures to this file")
+    output_markdown: Path | None = flag(None, help="also write the table to this file")
+    output_chart: Path | None = flag(
+        None, help="also draw differences to Hugging Face, with --backend both, to this .png file"
+    )
     device: str | None = flag(None, help="cpu or cuda (default: cuda when there is one)")
     log_level: str = log_level_flag("warning")
 
@@ -97,8 +106,18 @@ class SummarizeArgs:
             raise ValueError(f"--hf_model_dir is missing, expected a checkpoint's folder for --backend {self.backend}")
         if self.tokenizer_dir is None and self.hf_model_dir is None:
             raise ValueError("--tokenizer_dir is missing, expected the folder of the checkpoint or its tokenizer")
-        if self.output_json:
-            self.output_json.parent.mkdir(parents=True, exist_ok=True)
+        if not self.kl_memory_gib > 0:
+            raise ValueError(f"--kl_memory_gib is {self.kl_memory_gib}, expected more than 0")
+        if self.output_chart and self.backend != "both":
+            raise ValueError(f"--output_chart shows differences, expected --backend both, found {self.backend}")
+        if self.output_chart and self.output_chart.suffix != ".png":
+            raise ValueError(f"--output_chart is {self.output_chart}, expected a name that ends in .png")
+        for name in ("output_json", "output_markdown", "output_chart"):
+            file: Path | None = getattr(self, name)
+            if file and file.is_dir():
+                raise ValueError(f"--{name} {file} is a folder, expected a file")
+            if file:
+                file.parent.mkdir(parents=True, exist_ok=True)
         if self.check_accuracy and not self.runs_engines:
             raise ValueError("--check_accuracy is about engines, expected --backend trt_llm or both")
 
@@ -138,60 +157,86 @@ def main(args: SummarizeArgs) -> None:
     sampling = args.sampling(tokenizer)
     sampling.validate()
     articles = load_articles(args.dataset_path or BUNDLED_ARTICLES, args.max_ite)
-    engines = [Engine.from_dir(folder) for folder in args.engine_dir] if args.runs_engines else []
+    engines = find_engines(args.engine_dir) if args.runs_engines else []
+    check_engines(args, engines)
     tasks = make_tasks(tokenizer, articles, max_input_length(args, engines), args.max_new_tokens)
+    exam = Exam(tasks, tokenizer, sampling, args.batch_size, new_scorer(), args.kl_memory_gib * 2**30)
+    if args.output_chart:
+        new_figure(1, 1)  # a missing package shows before the work, too
+    hf_run = None
     if args.runs_hf:
         warn_beyond_trained_length(args, tasks)
-    exam = Exam(tasks, tokenizer, sampling, args.batch_size, new_scorer())
-    # Engines first: they have the limits, so what does not fit shows before Hugging Face has run for minutes.
-    engine_runs = [
-        take_exam(exam, partial(EngineBackend, engine, f"{folder} {engine.config.precision}", device))
-        for engine, folder in zip(engines, args.engine_dir, strict=False)
-    ]
-    hf_run = take_exam(exam, partial(HfBackend, args.hf_folder, args.data_type, device)) if args.runs_hf else None
+        hf_run = take_exam(exam, partial(HfBackend, args.hf_folder, args.data_type, device), keeps=args.runs_engines)
+    engine_runs = [take_exam(exam, partial(open_engine, engine, device), beside=hf_run) for engine in engines]
     runs = [hf_run, *engine_runs] if hf_run else engine_runs
+    figures = [Figures.of(run, hf_run) for run in runs]
 
+    caption = describe_exam(exam, device, hf_run)
+    table = summary_table(figures)
     print(show_article(articles[0], runs))
-    print(f"\n{len(articles)} articles on {device}, batch size {args.batch_size}, in brackets 95 % intervals:\n")
-    print(summary_table(runs, hf_run))
+    print(f"\n{caption}:\n\n{table}")
     if args.output_json:
         facts = {"articles": len(articles), "device": str(device), "batch_size": args.batch_size}
-        args.output_json.write_text(json.dumps(facts | {"runs": summary_records(runs, hf_run)}, indent=2) + "\n")
+        facts["kl_articles"] = len(hf_run.following.logits) if hf_run else 0
+        args.output_json.write_text(json.dumps(facts | {"runs": [row.record() for row in figures]}, indent=2) + "\n")
+    if args.output_markdown:
+        args.output_markdown.write_text(f"{caption}:\n\n{table}\n", encoding="utf-8")
+    if args.output_chart:
+        write_chart(args.output_chart, figures, f"{len(articles)} articles on {device}, 95 % intervals")
     if args.check_accuracy:
-        check_accuracy(args, engine_runs, hf_run)
+        check_accuracy(args, figures)
 
 
-def check_accuracy(args: SummarizeArgs, engine_runs: Sequence[Run], hf_run: Run | None) -> None:
+def open_engine(engine: EngineFolder, device: torch.device) -> Backend:
+    return EngineBackend(Engine.from_dir(engine.path), engine.name, device)
+
+
+def check_accuracy(args: SummarizeArgs, figures: Sequence[Figures]) -> None:
     """Raise a ValueError that names every threshold that an engine misses."""
+    lowest, widest = args.tensorrt_llm_rouge1_threshold, args.rouge1_difference_threshold
     missed = []
-    for run in engine_runs:
-        lowest, widest = args.tensorrt_llm_rouge1_threshold, args.rouge1_difference_threshold
+    for row in figures[args.runs_hf :]:
         # Written so that NaN misses, too.
-        if not run.mean_rouge1 >= lowest:
-            missed.append(f"{run.name} has ROUGE-1 {run.mean_rouge1:.2f}, expected at least {lowest}")
-        if hf_run and not abs(run.mean_rouge1 - hf_run.mean_rouge1) <= widest:
-            difference = run.mean_rouge1 - hf_run.mean_rouge1
+        rouge1 = row.rouge["rouge1"].mean
+        if not rouge1 >= lowest:
+            missed.append(f"{row.name} has ROUGE-1 {rouge1:.2f}, expected at least {lowest}")
+        if row.difference and not abs(row.difference.rouge1.mean) <= widest:
+            difference = row.difference.rouge1.mean
             missed.append(
-                f"{run.name} has ROUGE-1 {difference:+.2f} away from {hf_run.name}, expected at most {widest}"
+                f"{row.name} has ROUGE-1 {difference:+.2f} away from {figures[0].name}, expected at most {widest}"
             )
     if missed:
         raise ValueError(f"the accuracy check failed: {'; '.join(missed)}")
 
 
-def max_input_length(args: SummarizeArgs, engines: list[Engine]) -> int:
-    """The longest prompt, the same for every run so that all rows of the table are about the same prompts."""
-    for engine, folder in zip(engines, args.engine_dir, strict=True):
+def check_engines(args: SummarizeArgs, engines: Sequence[EngineFolder]) -> None:
+    """Raise a ValueError for an engine that cannot do the exam, before others have worked for hours."""
+    vocab_size = QWenConfig.from_hf_dir(args.hf_folder).vocab_size if args.runs_hf else None
+    for engine in engines:
         limits = engine.config.limits
         if args.max_new_tokens > limits.max_output_len:
             raise ValueError(
                 f"--max_new_tokens is {args.max_new_tokens}, expected at most {limits.max_output_len}, "
-                f"the max_output_len of {folder}"
+                f"the max_output_len of {engine.path}"
             )
         if (args.max_input_length or 0) > limits.max_input_len:
             raise ValueError(
                 f"--max_input_length is {args.max_input_length}, expected at most {limits.max_input_len}, "
-                f"the max_input_len of {folder}"
+                f"the max_input_len of {engine.path}"
             )
+        if engine.config.world_size > 1:
+            raise ValueError(
+                f"{engine.path} is split over {engine.config.world_size} ranks, which cannot run yet, expected one rank"
+            )
+        if vocab_size and engine.config.vocab_size != vocab_size:
+            raise ValueError(
+                f"{engine.path} has a vocabulary of {engine.config.vocab_size}, expected {vocab_size} as "
+                f"{args.hf_folder} has: it was built from another model"
+            )
+
+
+def max_input_length(args: SummarizeArgs, engines: Sequence[EngineFolder]) -> int:
+    """The longest prompt, the same for every run so that all rows of the table are about the same prompts."""
     if args.max_input_length is not None:
         return args.max_input_length
     if engines:
@@ -199,7 +244,7 @@ def max_input_length(args: SummarizeArgs, engines: list[Engine]) -> int:
     return QWenConfig.from_hf_dir(args.hf_folder).seq_length - args.max_new_tokens
 
 
-def warn_beyond_trained_length(args: SummarizeArgs, tasks: Sequence["Task"]) -> None:
+def warn_beyond_trained_length(args: SummarizeArgs, tasks: Sequence[Task]) -> None:
     trained = QWenConfig.from_hf_dir(args.hf_folder).seq_length
     count = sum(len(task.prompt) + args.max_new_tokens > trained for task in tasks)
     if count:
@@ -212,90 +257,16 @@ def warn_beyond_trained_length(args: SummarizeArgs, tasks: Sequence["Task"]) -> 
         )
 
 
-@dataclass(frozen=True)
-class Task:
-    """One article as ids."""
-
-    highlights: str
-    prompt: list[int]
-    scored_prompt: list[int]  # the prompt, or with less of the article where the reference does not fit behind it
-    reference: list[int]
-
-
-def make_tasks(
-    tokenizer: Tokenizer, articles: Sequence[Article], max_input_length: int, max_new_tokens: int
-) -> list[Task]:
-    tasks = []
-    for article, highlights in articles:
-        query = summary_query(article)
-        reference = tokenizer.encode(highlights)[:max_new_tokens]
-        prompt = scored_prompt = summary_prompt(tokenizer, query, max_input_length)
-        if len(prompt) + len(reference) > max_input_length:
-            scored_prompt = summary_prompt(tokenizer, query, max_input_length - len(reference))
-        tasks.append(Task(highlights, prompt, scored_prompt, reference))
-    return tasks
-
-
-@dataclass(frozen=True)
-class Exam:
-    """What every backend has to do, and how it is marked."""
-
-    tasks: Sequence[Task]
-    tokenizer: Tokenizer
-    sampling: SamplingConfig
-    batch_size: int
-    scorer: Any
-
-
-def take_exam(exam: Exam, open_backend: Callable[[], Backend]) -> Run:
-    """Open a backend, let it do all tasks, and let go of its memory."""
-    backend = open_backend()
-    prompts = [task.prompt for task in exam.tasks]
-    # Kernels are compiled and graphs captured at their first use: that is not counted.
-    backend.generate(prompts[: exam.batch_size], exam.sampling)
-    output_ids: list[list[int]] = []
-    summaries: list[str] = []
-    seconds = 0.0
-    for start in progress(range(0, len(prompts), exam.batch_size), f"{backend.name}: summaries"):
-        started = time.perf_counter()
-        ids = backend.generate(prompts[start : start + exam.batch_size], exam.sampling)
-        summaries += [to_text(exam.tokenizer, row) for row in ids]
-        seconds += time.perf_counter() - started
-        output_ids += ids
-    run = Run(
-        name=backend.name,
-        output_ids=output_ids,
-        summaries=summaries,
-        seconds=seconds,
-        rouge=score_summaries(exam.scorer, summaries, [task.highlights for task in exam.tasks]),
-        perplexity=reference_perplexity(backend, progress(exam.tasks, f"{backend.name}: perplexity")),
-    )
-    del backend
-    gc.collect()  # a session and its graphs know each other
-    return run
-
-
-def progress(items: Iterable[Item], title: str) -> Iterable[Item]:
-    """The items, with a bar where stderr is a terminal."""
-    bar: Iterable[Item] = tqdm(items, desc=title, disable=None)
-    return bar
-
-
-def to_text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
-    """The text of new tokens. Neither special tokens nor ids that pad the vocabulary give any."""
-    return tokenizer.decode(token_id for token_id in ids if token_id < tokenizer.vocab_size).strip()
-
-
-def reference_perplexity(backend: Backend, tasks: Iterable[Task]) -> float:
-    """exp of the mean negative log-likelihood of all tokens of all references, each given what stands before it."""
-    total, count = 0.0, 0
-    for task in tasks:
-        logits = backend.logits(task.scored_prompt + task.reference)
-        # The row of a token scores the next one.
-        log_probs = logits[len(task.scored_prompt) - 1 : -1].double().log_softmax(-1)
-        total -= log_probs.gather(-1, torch.tensor(task.reference)[:, None]).sum().item()
-        count += len(task.reference)
-    return float(np.exp(total / count))
+def describe_exam(exam: Exam, device: torch.device, hf_run: Run | None) -> str:
+    """What stands above the table."""
+    count = len(exam.tasks)
+    words = f"{count} articles on {device}, batch size {exam.batch_size}, in brackets 95 % intervals"
+    if hf_run and hf_run.following.logits:
+        kept = len(hf_run.following.logits)
+        words += (
+            f"; perplexity, KL (of {kept} articles) and top-1 are those of the next token along the reference summaries"
+        )
+    return words
 
 
 def show_article(article: Article, runs: Sequence[Run]) -> str:

@@ -24,7 +24,7 @@ class FakeRunner:
     """Stands for ModelRunner: gives the replies in turn and keeps what it was asked."""
 
     def __init__(self, replies: list[list[str]]) -> None:
-        self.config = SimpleNamespace(limits=LIMITS)
+        self.config = SimpleNamespace(limits=LIMITS, quant_mode=0, quant_algo="", verdict=None)
         self.replies = iter(replies)
         self.loaded_from: tuple[Path, str | None] | None = None
         self.prompts: list[list[int]] = []
@@ -241,6 +241,13 @@ def test_a_checkpoint_that_is_no_chat_model_is_warned_about(
     recommend(tokenizer_dir, chat_format="raw")
     terminal.chat([], [])
     assert "recommends chat_format raw" in caplog.text
+
+
+def test_what_quantization_cost_is_said_once_and_not_among_the_replies(terminal: Terminal, capsys: Capture) -> None:
+    terminal.runner.config.quant_algo = "W8A16"
+    assert terminal.chat(["你好", "再见"], [["a"], ["b"]]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == "Accuracy: not measured\n" and "Accuracy" not in captured.out
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------

@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 import run
 from checkpoints import write_qwen1_checkpoint
+from engines_of_modes import engine_of_mode, write_engine
 from models_for_tests import engine_from_checkpoint
 
 from tensorrt_llm import Builder, Limits
+from tensorrt_llm.inspect import accuracy_of
+from tensorrt_llm.quantization import QuantMode
 
 LIMITS = Limits(max_batch_size=3, max_input_len=64, max_output_len=32, max_num_tokens=64, tokens_per_block=8)
 # The byte tokenizer of conftest.py has 256 bytes and 208 special tokens.
@@ -44,6 +47,19 @@ def test_ids_in_give_full_sequences_out(engine_dir: Path, tmp_path: Path) -> Non
     sequences = np.load(tmp_path / "out.npy")
     assert sequences.dtype == np.int32 and sequences.shape == (2, 9)
     assert sequences[0, :5].tolist() == [1, 2, 3, 4, 5] and sequences[1, :2].tolist() == [6, 7]
+
+
+def test_a_quantized_engine_says_what_that_cost_on_stderr_and_leaves_stdout_alone(
+    engine_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = engine_of_mode(QuantMode.use_weight_only(), "W8A16")
+    write_engine(engine, tmp_path)
+    prompts = save_ids(tmp_path / "in.npy", [1, 2, 3])
+    printed = []
+    for folder in (tmp_path, engine_dir):
+        run.main(run_args(folder, input_file=prompts, output_npy=tmp_path / "out.npy", max_new_tokens=1))
+        printed.append(tuple(capsys.readouterr()))
+    assert printed == [("", f"Accuracy: {accuracy_of(engine.config)}\n"), ("", "")]
 
 
 def test_csv_and_npy_outputs_hold_the_same_ids(engine_dir: Path, tmp_path: Path) -> None:

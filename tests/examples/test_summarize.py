@@ -1,28 +1,32 @@
-"""Summaries on small random checkpoints: what the table says, against values computed by other means."""
+"""Summaries on small random checkpoints: both sides, the command, and what a user can do wrong."""
 
 import base64
 import json
 import math
 import sys
+import weakref
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pytest
 import torch
 from backends import EngineBackend, HfBackend
-from build import BuildArgs
 from build import main as build
+from build_args import BuildArgs
 from checkpoints import write_qwen1_checkpoint
 from command_line import run_script
+from engines_of_modes import engine_of_mode, write_engine
 from hf_model import load_hf_model
-from rouge import METRICS, bootstrap_interval, new_scorer, score_summaries
-from summarize import SummarizeArgs, make_tasks, reference_perplexity, to_text
-from summary_prompt import SYSTEM_PROMPT
+from summarize import SummarizeArgs, check_accuracy
 from summarize import main as summarize
-from summary_table import Agreement, Run, summary_table
+from summary_exam import to_text
+from summary_prompt import SYSTEM_PROMPT
+from summary_table import Difference, Figures, Mean
+from summary_tasks import make_tasks
+from teacher_forcing import follow_references
 
-from tensorrt_llm import Engine
+from tensorrt_llm import Engine, Mapping
+from tensorrt_llm.quantization import QuantMode
 from tensorrt_llm.runtime import SamplingConfig
 from tensorrt_llm.tokenizer import Tokenizer, load_tokenizer
 
@@ -41,13 +45,14 @@ IM_START, IM_END = 257, 258
 
 class World(NamedTuple):
     checkpoint: Path
+    engines: Path  # holds engine_dir and a bfloat16 engine
     engine_dir: Path
     articles: Path
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    """A random checkpoint with a tokenizer of single bytes, its float32 engine, and articles."""
+    """A random checkpoint with a tokenizer of single bytes, its float32 and bfloat16 engines, and articles."""
     folder = tmp_path_factory.mktemp("summarize")
     checkpoint = write_qwen1_checkpoint(folder / "checkpoint", vocab=VOCAB, seq_length=1024)
     lines = (f"{base64.b64encode(bytes([value])).decode()} {value}\n" for value in range(256))
@@ -56,14 +61,20 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     (checkpoint / "generation_config.json").write_text(
         json.dumps({"do_sample": True, "top_p": 0.8, "repetition_penalty": 5.0, "eos_token_id": 7})
     )
-    build(
-        BuildArgs(
-            hf_model_dir=checkpoint, output_dir=folder / "engine", dtype="float32", max_input_len=320, max_output_len=32
+    engines = folder / "engines"
+    for dtype in ("float32", "bfloat16"):
+        build(
+            BuildArgs(
+                hf_model_dir=checkpoint,
+                output_dir=engines / "all" / dtype,
+                dtype=dtype,
+                max_input_len=320,
+                max_output_len=32,
+            )
         )
-    )
     articles = folder / "articles.jsonl"
     articles.write_text("".join(json.dumps(article) + "\n" for article in ARTICLES))
-    return World(checkpoint, folder / "engine", articles)
+    return World(checkpoint, engines, engines / "all" / "float32", articles)
 
 
 @pytest.fixture
@@ -81,6 +92,13 @@ def args_for(world: World, **changes: Any) -> SummarizeArgs:
         "device": "cpu",
     }
     return SummarizeArgs(**facts | changes)
+
+
+def figures_of(world: World, folder: Path, **changes: Any) -> dict[str, Any]:
+    """What --output_json holds after a run."""
+    summarize(args_for(world, output_json=folder / "figures.json", **changes))
+    figures: dict[str, Any] = json.loads((folder / "figures.json").read_text())
+    return figures
 
 
 def run_command(monkeypatch: pytest.MonkeyPatch, world: World, **changes: Any) -> int:
@@ -114,12 +132,8 @@ def error_line(capsys: pytest.CaptureFixture[str]) -> str:
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_in_float32_an_engine_gives_the_tokens_of_hugging_face(
-    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], batch_size: int
-) -> None:
-    output = tmp_path / "figures.json"
-    summarize(args_for(world, batch_size=batch_size, output_json=output))
-    _, engine = json.loads(output.read_text())["runs"]
+def test_in_float32_an_engine_gives_the_tokens_of_hugging_face(world: World, tmp_path: Path, batch_size: int) -> None:
+    _, engine = figures_of(world, tmp_path, batch_size=batch_size)["runs"]
     assert (engine["token_agreement"], engine["article_agreement"]) == (1.0, 1.0)
 
 
@@ -196,62 +210,7 @@ def test_perplexity_is_what_transformers_own_loss_says(world: World, tokenizer: 
     expected = math.exp(total / count)
     engine = EngineBackend(Engine.from_dir(world.engine_dir), "engine", CPU)
     for backend in (engine, HfBackend(world.checkpoint, "fp32", CPU)):
-        assert reference_perplexity(backend, tasks) == pytest.approx(expected, rel=1e-4)
-
-
-# The table
-
-
-def make_run(name: str, output_ids: list[list[int]], rouge1: list[float]) -> Run:
-    values = np.array(rouge1)
-    return Run(name, output_ids, ["text"] * len(rouge1), 2.0, dict.fromkeys(METRICS, values), 8.0)
-
-
-def test_agreement_counts_positions_and_articles() -> None:
-    hf = make_run("hf", [[1, 2, 3, 4], [5, 6], [7]], [10.0, 20.0, 30.0])
-    ours = make_run("ours", [[1, 2, 9, 4], [5, 6, 8, 8], [7]], [10.0, 23.0, 30.0])
-    found = Agreement.of(ours, hf)
-    # Equal: 3 of 4, 2 of 4 (the longer one counts), 1 of 1.
-    assert (found.tokens, found.articles, found.rouge1_difference.mean()) == (6 / 9, 1 / 3, 1.0)
-
-
-def test_the_table_shows_means_agreement_and_speed() -> None:
-    hf = make_run("hf", [[1, 2], [3, 4]], [10.0, 10.0])
-    ours = make_run("ours", [[1, 2], [3, 9, 9]], [12.5, 12.5])
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in summary_table([hf, ours], hf).splitlines()]
-    ten, more = "10.00 [10.00, 10.00]", "12.50 [12.50, 12.50]"
-    assert cells[2:] == [
-        ["hf", ten, ten, ten, ten, "-", "8.0000", "-", "-", "2.00", "2.0"],
-        ["ours", more, more, more, more, "+2.50 [+2.50, +2.50]", "8.0000", "60.00%", "50.0%", "2.00", "2.5"],
-    ]
-
-
-def test_rouge_is_that_of_hand_counted_words() -> None:
-    found = score_summaries(new_scorer(), ["the cat ran home", "rain"], ["the cat ran", "sun"])
-    # One article: precision 3/4, recall 1, and of word pairs 2/3 and 1. The other shares nothing.
-    assert {metric: values.tolist() for metric, values in found.items()} == {
-        "rouge1": pytest.approx([600 / 7, 0.0]),
-        "rouge2": pytest.approx([80.0, 0.0]),
-        "rougeL": pytest.approx([600 / 7, 0.0]),
-        "rougeLsum": pytest.approx([600 / 7, 0.0]),
-    }
-
-
-def test_rouge_does_not_stem() -> None:
-    assert score_summaries(new_scorer(), ["cats running"], ["cat run"])["rouge1"].tolist() == [0.0]
-
-
-def test_an_interval_holds_the_mean_and_is_the_same_every_time() -> None:
-    values = np.random.default_rng(1).normal(60, 20, size=200)
-    low, high = bootstrap_interval(values)
-    assert low < values.mean() < high
-    assert bootstrap_interval(values) == (low, high)
-
-
-def test_an_interval_is_as_wide_as_the_normal_approximation_says() -> None:
-    values = np.random.default_rng(2).normal(60, 20, size=400)
-    low, high = bootstrap_interval(values)
-    assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.1)
+        assert follow_references(backend, tasks).perplexity == pytest.approx(expected, rel=1e-4)
 
 
 # The command
@@ -264,6 +223,81 @@ def test_the_command_prints_an_article_and_one_table(
     output = capsys.readouterr().out
     assert output.startswith(f"Article: {ARTICLES[0]['article']}\nHighlights: {ARTICLES[0]['highlights']}\nSummary, ")
     assert "1 articles on cpu" in output and output.count("| run ") == 1
+
+
+def test_one_command_runs_all_engines_below_a_folder(world: World, tmp_path: Path) -> None:
+    runs = figures_of(world, tmp_path, engine_dir=[world.engines])["runs"]
+    assert [run["run"] for run in runs] == ["HF float32", "bfloat16", "float32"]
+    kl = [run["mean_kl"]["mean"] for run in runs[1:]]
+    # float32 on both sides: what is left is the order of sums. bfloat16 has 8 bits.
+    assert 0 <= kl[1] < 1e-9 < 1e-6 < kl[0] < 1e-2
+    assert runs[2]["top1_agreement"] == 1 and runs[1]["top1_agreement"] > 0.9
+
+
+def test_kl_is_the_one_of_the_whole_distributions(world: World, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    found = figures_of(world, tmp_path, engine_dir=[world.engines / "all" / "bfloat16"])["runs"][1]["mean_kl"]["mean"]
+    tasks = make_tasks(tokenizer, [tuple(article.values()) for article in ARTICLES], 320, 24)  # type: ignore[misc]
+    hf = HfBackend(world.checkpoint, "fp32", CPU)
+    ours = EngineBackend(Engine.from_dir(world.engines / "all" / "bfloat16"), "ours", CPU)
+    total = 0.0
+    for task in tasks:
+        p, q = (
+            backend.logits(task.scored_prompt + task.reference)[len(task.scored_prompt) - 1 : -1]
+            .double()
+            .log_softmax(1)
+            for backend in (hf, ours)
+        )
+        total += torch.nn.functional.kl_div(q, p, reduction="sum", log_target=True).item()
+    assert found == pytest.approx(total / sum(len(task.reference) for task in tasks), rel=1e-9)
+
+
+def test_kl_takes_the_articles_that_have_room(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # Room for two references of 24 tokens.
+    facts = figures_of(world, tmp_path, kl_memory_gib=2.5 * 24 * VOCAB * 4 / 2**30)
+    assert facts["kl_articles"] == 2 and "KL (of 2 articles)" in capsys.readouterr().out
+
+
+def test_the_markdown_file_holds_the_table_that_is_printed(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    summarize(args_for(world, output_markdown=tmp_path / "made" / "table.md"))
+    written = (tmp_path / "made" / "table.md").read_text(encoding="utf-8")
+    assert capsys.readouterr().out.endswith(f"\n\n{written}")
+    assert written.startswith("5 articles on cpu") and written.count("\n| ") == 3
+
+
+def test_the_chart_is_a_png(world: World, tmp_path: Path) -> None:
+    summarize(args_for(world, output_chart=tmp_path / "chart.png"))
+    assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG\r\n")
+
+
+def test_without_hugging_face_nothing_is_compared(world: World, tmp_path: Path) -> None:
+    facts = figures_of(world, tmp_path, backend="trt_llm", engine_dir=[world.engines])
+    assert facts["kl_articles"] == 0 and not any("mean_kl" in run for run in facts["runs"])
+
+
+def test_one_session_is_open_at_a_time(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[weakref.ref[EngineBackend]] = []
+    alive: list[int] = []
+    open_backend = EngineBackend.__init__
+
+    def counted(backend: EngineBackend, *arguments: Any) -> None:
+        alive.append(sum(reference() is not None for reference in opened))
+        opened.append(weakref.ref(backend))
+        open_backend(backend, *arguments)
+
+    monkeypatch.setattr(EngineBackend, "__init__", counted)
+    summarize(args_for(world, backend="trt_llm", engine_dir=[world.engines], max_ite=1))
+    assert alive == [0, 0]
+
+
+def test_thresholds_are_those_of_every_engine(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = {"engine_dir": world.engines, "check_accuracy": True, "tensorrt_llm_rouge1_threshold": 99.5}
+    assert run_command(monkeypatch, world, **flags) == 1
+    error = capsys.readouterr().err
+    assert "bfloat16 has ROUGE-1" in error and "float32 has ROUGE-1" in error.replace("bfloat16", "")
 
 
 def test_a_missed_threshold_ends_with_code_1_and_says_which(
@@ -279,6 +313,15 @@ def test_a_missed_threshold_ends_with_code_1_and_says_which(
 def test_thresholds_that_hold_end_with_code_0(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = {"backend": "both", "hf_model_dir": world.checkpoint, "check_accuracy": True}
     assert run_command(monkeypatch, world, **flags, tensorrt_llm_rouge1_threshold=0.0) == 0
+
+
+@pytest.mark.parametrize("difference", [-1.5, 1.5, math.nan])
+def test_a_difference_beyond_the_threshold_is_missed_on_either_side(world: World, difference: float) -> None:
+    rouge, nothing = {"rouge1": Mean(50.0, 50.0, 50.0)}, Mean(0.0, 0.0, 0.0)
+    beside = Difference(Mean(difference, difference, difference), nothing, 1.0, 1.0, 1.0)
+    hf, engine = Figures("HF", rouge, 8.0, 1.0, 1.0, None), Figures("ours", rouge, 8.0, 1.0, 1.0, beside)
+    with pytest.raises(ValueError, match=r"ours has ROUGE-1 .* away from HF, expected at most 1.0"):
+        check_accuracy(args_for(world), [hf, engine])
 
 
 def test_a_difference_to_hugging_face_is_a_threshold_of_its_own(
@@ -302,6 +345,10 @@ def test_a_difference_to_hugging_face_is_a_threshold_of_its_own(
         ({"max_input_length": 321}, "--max_input_length is 321, expected at most 320, the max_input_len of"),
         ({"max_input_length": 20}, "the system prompt takes"),
         ({"device": "tpu"}, "device is 'tpu', expected cpu or cuda"),
+        ({"kl_memory_gib": 0}, "--kl_memory_gib is 0.0, expected more than 0"),
+        ({"output_chart": "x.png"}, "--output_chart shows differences, expected --backend both, found trt_llm"),
+        ({"output_markdown": "/tmp"}, "--output_markdown /tmp is a folder, expected a file"),
+        ({"engine_dir": "/nowhere"}, "--engine_dir /nowhere: no such folder"),
     ],
 )
 def test_a_wrong_flag_is_one_line(
@@ -313,6 +360,24 @@ def test_a_wrong_flag_is_one_line(
 ) -> None:
     assert run_command(monkeypatch, world, **flags) == 1
     assert message in error_line(capsys)
+
+
+def test_a_chart_of_another_format_is_refused(world: World) -> None:
+    with pytest.raises(ValueError, match=r"--output_chart is x.svg, expected a name that ends in .png"):
+        summarize(args_for(world, output_chart=Path("x.svg")))
+
+
+@pytest.mark.parametrize(
+    ("mapping", "message"),
+    [(Mapping(), "has a vocabulary of 61, expected 480"), (Mapping(2, 0, tp_size=2), "is split over 2 ranks")],
+)
+def test_an_engine_that_cannot_take_the_exam_is_found_before_any_other_runs(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mapping: Mapping, message: str
+) -> None:
+    monkeypatch.setattr("summarize.take_exam", lambda *_, **__: pytest.fail("an exam was taken"))
+    write_engine(engine_of_mode(QuantMode(0), mapping=mapping), tmp_path)
+    with pytest.raises(ValueError, match=message):
+        summarize(args_for(world, engine_dir=[world.engine_dir, tmp_path]))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,45 @@
+"""Small engines of any mode, weights without meaning, and folders as build.py leaves them. Any test may use it."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from models_for_tests import compile_model, make_config
+
+from tensorrt_llm import Builder, Engine, Mapping
+from tensorrt_llm.dtype import torch_dtype
+from tensorrt_llm.models import QWenForCausalLM, quantize_model
+from tensorrt_llm.quantization import QuantMode
+
+# Wide enough for two groups of 32 columns.
+CONFIG = make_config(
+    vocab_size=61,
+    hidden_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    head_size=16,
+    mlp_hidden_size=96,
+)
+
+
+def engine_of_mode(
+    mode: QuantMode, algo: str = "", dtype: str = "float32", mapping: Mapping | None = None, **layout: Any
+) -> Engine:
+    """All weights are zero, and all that is floating is one; `layout` is what quantize_model takes."""
+    model = quantize_model(QWenForCausalLM(CONFIG, dtype, mapping or Mapping()), mode, **layout)
+    for _, parameter in model.named_parameters():
+        kind = torch_dtype(parameter.dtype)
+        parameter.value = torch.full(parameter.shape, int(kind.is_floating_point), dtype=kind)
+    engine = compile_model(model)
+    return Engine(replace(engine.config, quant_algo=algo), engine.plan, engine.weights)
+
+
+def write_engine(engine: Engine, folder: Path) -> Path:
+    """The path of the engine file in a folder with its config.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / engine.config.engine_name
+    engine.save(path)
+    Builder.save_config(engine.config, folder / "config.json")
+    return path
