@@ -11,7 +11,6 @@ import os
 import resource
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -27,6 +26,7 @@ from accuracy import Examination, accuracy_text, gate_for  # noqa: E402
 from build_args import BuildArgs  # noqa: E402
 from build_estimate import Estimate, gib, peak_host_bytes  # noqa: E402
 from command_line import run_script  # noqa: E402
+from staging import publish, staging_dir  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 from weight_source import WeightSource  # noqa: E402
 
@@ -134,34 +134,6 @@ def build_rank(args: BuildArgs, verdict: Verdict | None, rank: int, folder: Path
     engine = WeightSource.open(args).engine(rank)
     engine.config = replace(engine.config, verdict=verdict)
     save_engine(engine, folder)
-
-
-@contextmanager
-def staging_dir(output_dir: Path) -> Iterator[Path]:
-    """A folder inside the output folder that is gone afterwards, also when the build fails or is interrupted."""
-    if output_dir.exists() and not output_dir.is_dir():
-        raise ValueError(f"--output_dir {output_dir} is a file, expected a folder or a name that is free")
-    made = [folder for folder in (output_dir, *output_dir.parents) if not folder.exists()]
-    previous = signal.signal(signal.SIGTERM, _raise_interrupt)
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".building-", dir=output_dir) as staging:
-            yield Path(staging)
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-        for folder in made:
-            if folder.exists() and not any(folder.iterdir()):
-                folder.rmdir()
-
-
-def _raise_interrupt(signum: int, frame: object) -> None:
-    raise KeyboardInterrupt
-
-
-def publish(staging: Path, output_dir: Path) -> None:
-    """Move the finished files into place; config.json, which makes a folder an engine, comes last."""
-    for file in sorted(staging.iterdir(), key=lambda file: file.name == "config.json"):
-        file.replace(output_dir / file.name)
 
 
 def write_networks(engines: list[Engine], folder: Path) -> None:

@@ -11,18 +11,16 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 # A bare checkout works too, as on a GPU machine where nothing is installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from build import staging_dir  # noqa: E402
 from build_estimate import gib, peak_host_bytes  # noqa: E402
 from calibration_text import (  # noqa: E402
     BUNDLED_TEXT,
@@ -35,6 +33,7 @@ from float_engine import float_engine  # noqa: E402
 from ft_export import FtExport, Observed  # noqa: E402
 from ft_folder import CALIBRATION_FILE, CONFIG_FILE, FtFolder, write_config  # noqa: E402
 from hf_checkpoint import HfCheckpoint  # noqa: E402
+from staging import staging_dir  # noqa: E402
 from token_files import write_npy  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 from weight import check_complete  # noqa: E402
@@ -58,9 +57,7 @@ class ConvertArgs:
     tensor_parallelism: int = flag(
         1, help="tensor-parallel ranks to split the weights for", aliases=("--tensor-parallelism", "-tp")
     )
-    processes: int = flag(
-        1, help="layers that are converted at the same time; each takes memory", aliases=("--processes", "-p")
-    )
+    processes: int = flag(1, help="layers that are converted at the same time; each takes memory", aliases=("-p",))
     calibrate_kv_cache: bool = flag(
         False,
         help="write the original's scale of an int8 KV cache; --int8_kv_cache of build.py does without",
@@ -68,7 +65,8 @@ class ConvertArgs:
     )
     smoothquant: str | None = flag(
         None,
-        help="write int8 weights, smoothed with this alpha from 0 to 1, or with the best of each layer: auto",
+        help="write int8 weights, smoothed with this alpha from 0 to 1 (0.5 is a good one), or auto: for each layer "
+        "the best with a scale per token and channel",
         aliases=("-sq",),
     )
     model: str | None = flag(
@@ -194,7 +192,7 @@ def turns(
     args: ConvertArgs, config: QWenConfig, text: CalibrationText | None, device: torch.device
 ) -> Generator[Observed | None]:
     """For each layer what calibration saw of it, or None; with a bar."""
-    observed: Any = [None] * config.num_hidden_layers
+    observed: Iterable[Observed | None] = [None] * config.num_hidden_layers
     if text:
         rows_kept = _SEARCHED_ROWS if args.smoothquant == "auto" else 0
         engine = float_engine(args.in_file, config)
