@@ -25,7 +25,7 @@ class MeasureArgs:
     output_dir: Path = flag(help="folder for everything that is made")
     hf_model_dir: Path = flag(EXAMPLES / "tiny_qwen_chat", help="the checkpoint")
     dtype: str = flag("float16", help="dtype of all engines")
-    alpha: str = flag("0.5", help="SmoothQuant's alpha, a number or auto")
+    alpha: str = flag("auto", help="SmoothQuant's alpha, a number or auto")
     max_ite: int = flag(500, help="articles to summarize")
     batch_size: int = flag(32, help="articles at a time")
     max_input_len: int = flag(512, help="longest prompt of the engines")

@@ -55,7 +55,7 @@ class BuildArgs:
         help="what a quantized engine is judged on: .jsonl[.gz], .txt, or token ids in .npy or .csv (default: the FT "
         "folder's calibration ids, else the bundled calibration text)",
     )
-    accuracy_tokens: int = flag(2048, help="tokens of that text to read")
+    accuracy_tokens: int = flag(1024, help="tokens of that text to read")
     accuracy_gate: float | None = flag(
         None, help="largest mean KL to the unquantized network in nats per token (default: by mode, see README)"
     )
