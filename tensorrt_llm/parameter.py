@@ -65,7 +65,8 @@ class Parameter:
 def cast_finite(tensor: torch.Tensor, dtype: str, name: str) -> torch.Tensor:
     """`tensor` in `dtype`, contiguous; a value that is not finite, or is too large, is a ValueError with `name`."""
     cast = tensor.to(torch_dtype(dtype)).contiguous()
-    # An inf or NaN let through here would end as NaN logits. The two ends tell, without a temporary of the tensor's size.
+    # An inf or NaN let through here would end as NaN logits. The two ends tell, without a temporary of the tensor's
+    # size.
     if not _ends(cast).isfinite().all():
         largest = _ends(tensor).abs().max().item()
         if not math.isfinite(largest):

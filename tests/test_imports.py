@@ -16,8 +16,8 @@ MODULES = {
     for file in sorted(PACKAGE.rglob("*.py"))
 }
 
-# Each part of the package and the parts it may import. A part is a file or a folder right under the package; the files of
-# `quantization` are parts of their own: what describes networks must not come with what engines say of themselves.
+# Each part of the package and the parts it may import. A part is a file or a folder right under the package; the files
+# of `quantization` are parts of their own: what describes networks must not come with what engines say of themselves.
 ALLOWED = {
     "dtype": set(),
     "limits": set(),

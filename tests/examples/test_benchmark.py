@@ -12,8 +12,8 @@ import pytest
 import torch
 from benchmark import BenchmarkArgs, Figures, Shape, measure_backend, random_prompts, seconds_since_process_start
 from benchmark import main as benchmark
-from build_args import BuildArgs
 from build import main as build
+from build_args import BuildArgs
 from checkpoints import write_qwen1_checkpoint
 from command_line import run_script
 

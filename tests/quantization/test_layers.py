@@ -10,7 +10,7 @@ from models_for_tests import describe, make_config
 from tensorrt_llm import Mapping, Network
 from tensorrt_llm.models import QWenForCausalLM, quantize_model
 from tensorrt_llm.passes import optimize
-from tensorrt_llm.quantization import QuantMode, QuantizedWeight, quantize_weight
+from tensorrt_llm.quantization import QuantizedWeight, QuantMode, quantize_weight
 from tensorrt_llm.quantization.layers import (
     SmoothQuantAttention,
     SmoothQuantMLP,

@@ -1,7 +1,7 @@
 """Paged attention on the CPU: RoPE and the KV write for all tokens at once, then torch's fused attention per sequence.
 
-A sequence is read at its own length and nothing else, so a result does not depend on its batch. Attention is computed in
-float32, as torch's is slow in 16 bits: one query over 180 tokens of 4 heads of 64 takes 157 us in float16, 78 in
+A sequence is read at its own length and nothing else, so a result does not depend on its batch. Attention is computed
+in float32, as torch's is slow in 16 bits: one query over 180 tokens of 4 heads of 64 takes 157 us in float16, 78 in
 bfloat16, 28 to 31 when widened first (one Zen 4 core, torch 2.13).
 """
 

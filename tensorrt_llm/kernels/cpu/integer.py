@@ -22,7 +22,7 @@ _FULL_SCALE = 127 * 65536
 def prepare_weight_only_quant_matmul(
     weight: torch.Tensor, scale: torch.Tensor, *zero_and_bias: torch.Tensor, bits: int, has_zero: bool, dtype: str
 ) -> tuple[torch.Tensor | None, ...]:
-    """int8 [groups, k / groups, n] (a view whose columns lie side by side), scale and zero float32 [groups, n], bias."""
+    """int8 [groups, k / groups, n], a view whose columns lie side by side; scale and zero float32 [groups, n]; bias."""
     zero, bias = split_optional(zero_and_bias, has_zero)
     by_group = integers_of(weight, bits).unflatten(1, (scale.shape[1], -1)).transpose(0, 1).contiguous()
     return (

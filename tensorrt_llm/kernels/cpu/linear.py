@@ -29,8 +29,8 @@ def gated_mlp(x: torch.Tensor, branches: torch.Tensor, *, dtype: str) -> torch.T
     return (silu(activated) * linear_branch).to(torch_dtype(dtype))
 
 
-# Widened rows of one piece stay in the cache: a float16 lm_head of 151936 x 2048 takes 56 ms at one row, where a float32
-# copy, twice as large, takes 79; pieces of 4096 rows take 445 (two Zen 4 cores, torch 2.13).
+# Widened rows of one piece stay in the cache: a float16 lm_head of 151936 x 2048 takes 56 ms at one row, where a
+# float32 copy, twice as large, takes 79; pieces of 4096 rows take 445 (two Zen 4 cores, torch 2.13).
 _ROWS_WIDENED_AT_ONCE = 512
 
 
