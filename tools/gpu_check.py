@@ -26,10 +26,23 @@ from table import markdown_table  # noqa: E402
 
 from tensorrt_llm.dtype import torch_dtype  # noqa: E402
 from tensorrt_llm.kernels import StepShape  # noqa: E402
-from tensorrt_llm.kernels.cuda import add_rms_norm, gated_mlp, gpt_attention, matmul  # noqa: E402
+from tensorrt_llm.kernels.cuda import (  # noqa: E402
+    add_rms_norm,
+    cuda_kernels,
+    gated_mlp,
+    gpt_attention,
+    matmul,
+    quantize_per_token,
+)
 
 HIDDEN, HEADS, HEAD_SIZE, MLP_HIDDEN, VOCABULARY = 4096, 32, 128, 11008, 151936
 TOKENS_PER_BLOCK = 64
+# Rows, columns and bias of the projections of a layer, beside the gated MLP.
+PROJECTIONS = {
+    "qkv": (3 * HIDDEN, HIDDEN, True),
+    "dense": (HIDDEN, HIDDEN, False),
+    "mlp proj": (HIDDEN, MLP_HIDDEN, False),
+}
 L2_BYTES = 64 * 2**20  # at least that of an H100 or H200
 DEVICE = "cuda"
 
@@ -143,13 +156,18 @@ def time_chain(ops: list[Op], repeats: int) -> float:
 def all_work(dtype: str) -> list[Work]:
     return [
         *(work for tokens in (1, 32, 1024) for work in dense_work(tokens, dtype)),
+        *(work for tokens in (1, 32, 1024) for bits in (8, 4) for work in weight_only_work(tokens, bits, dtype)),
+        *(work for tokens in (1, 32, 1024) for work in smooth_quant_work(tokens, dtype)),
         *(
             decode_work(batch, length, HEADS, dtype)
             for batch, length in ((1, 64), (1, 256), (1, 1024), (1, 8192), (32, 256), (32, 1024), (64, 1024))
         ),
         decode_work(32, 256, HEADS, dtype, bound=4096),
         *(decode_work(batch, length, 4, dtype) for batch, length in ((1, 256), (1, 8192), (64, 1024))),
+        *(decode_work(64, 1024, kv_heads, dtype, kv_dtype="int8") for kv_heads in (HEADS, 4)),
+        decode_work(1, 8192, HEADS, dtype, kv_dtype="int8"),
         *(prefill_work(batch, length, dtype) for batch, length in ((1, 128), (1, 2048), (16, 512))),
+        prefill_work(16, 512, dtype, kv_dtype="int8"),
     ]
 
 
@@ -180,8 +198,7 @@ def dense_work(tokens: int, dtype: str) -> list[Work]:
             4 * tokens * MLP_HIDDEN * HIDDEN,
         ),
     ]
-    shapes = [("qkv", 3 * HIDDEN, HIDDEN, True, dtype), ("dense", HIDDEN, HIDDEN, False, dtype)]
-    shapes.append(("mlp proj", HIDDEN, MLP_HIDDEN, False, dtype))
+    shapes = [(name, rows, depth, bias, dtype) for name, (rows, depth, bias) in PROJECTIONS.items()]
     if tokens <= 64:  # logits are wanted of one token a sequence
         shapes.append(("logits", VOCABULARY, HIDDEN, False, "float32"))
     for name, rows, depth, bias, out in shapes:
@@ -191,28 +208,109 @@ def dense_work(tokens: int, dtype: str) -> list[Work]:
     return works
 
 
-def decode_work(batch: int, length: int, kv_heads: int, dtype: str, bound: int | None = None) -> Work:
+def weight_only_work(tokens: int, bits: int, dtype: str) -> list[Work]:
+    """The matmuls of a layer with int8 weights, a scale for each row, or int4 in groups of 128; and int8 logits."""
+    kind = torch_dtype(dtype)
+    scheme = "int8" if bits == 8 else "int4 g128"
+
+    def make(op: str, rows: int, depth: int, matrices: int, bias: bool, out: str) -> Op:
+        weights: list[torch.Tensor] = []
+        for _ in range(matrices):
+            bounds = (-128, 128) if bits == 8 else (0, 256)
+            stored = torch.int8 if bits == 8 else torch.uint8
+            weights.append(torch.randint(*bounds, (rows, depth * bits // 8), dtype=stored, device=DEVICE))
+            weights.append((torch.rand(rows, 1 if bits == 8 else depth // 128, device=DEVICE) / 64).half().float())
+        if bias:
+            weights.append(torch.randn(rows, device=DEVICE).to(kind))
+        x = torch.randn(tokens, depth, device=DEVICE).to(kind)
+        return prepared_op(op, (x,), weights, bits=bits, has_zero=False, dtype=out)
+
+    def work(name: str, op: str, rows: int, depth: int, matrices: int, bias: bool, out: str) -> Work:
+        weights = matrices * rows * (depth * bits // 8 + (4 if bits == 8 else 2 * depth // 128))
+        moved = weights + tokens * (depth * kind.itemsize + rows * torch_dtype(out).itemsize)
+        operations = 2 * matrices * tokens * rows * depth
+        return Work(
+            f"{scheme} {name}, {tokens} tokens", partial(make, op, rows, depth, matrices, bias, out), moved, operations
+        )
+
+    works = [work("gated_mlp", "weight_only_gated_mlp", MLP_HIDDEN, HIDDEN, 2, False, dtype)]
+    for name, (rows, depth, bias) in PROJECTIONS.items():
+        works.append(work(name, "weight_only_quant_matmul", rows, depth, 1, bias, dtype))
+    if bits == 8 and tokens <= 64:
+        works.append(work("logits", "weight_only_quant_matmul", VOCABULARY, HIDDEN, 1, False, "float32"))
+    return works
+
+
+def smooth_quant_work(tokens: int, dtype: str) -> list[Work]:
+    """The matmuls of a layer in W8A8, and the quantization of what goes into them."""
+    kind = torch_dtype(dtype)
+
+    def integers(*shape: int) -> torch.Tensor:
+        return torch.randint(-127, 128, shape, dtype=torch.int8, device=DEVICE)
+
+    def scales(*shape: int) -> torch.Tensor:
+        return torch.rand(shape, device=DEVICE) / 64
+
+    def make(op: str, rows: int, depth: int, matrices: int, bias: bool) -> Op:
+        weights = [tensor for _ in range(matrices) for tensor in (integers(rows, depth), scales(rows))]
+        if bias:
+            weights.append(torch.randn(rows, device=DEVICE).to(kind))
+        return prepared_op(op, (integers(tokens, depth), scales(tokens, 1)), weights, dtype=dtype)
+
+    def make_quantize() -> Op:
+        return partial(quantize_per_token, torch.randn(tokens, MLP_HIDDEN, device=DEVICE).to(kind))
+
+    matmuls = {"gated_mlp": ("smooth_quant_gated_mlp", MLP_HIDDEN, HIDDEN, 2, False)}
+    for name, (rows, depth, bias) in PROJECTIONS.items():
+        matmuls[name] = ("smooth_quant_gemm", rows, depth, 1, bias)
+    works = [Work(f"quantize, {tokens} tokens", make_quantize, tokens * MLP_HIDDEN * (kind.itemsize + 1))]
+    for name, (op, rows, depth, matrices, bias) in matmuls.items():
+        moved = matrices * rows * (depth + 4) + tokens * (depth + rows * kind.itemsize)
+        operations = 2 * matrices * tokens * rows * depth
+        works.append(
+            Work(f"W8A8 {name}, {tokens} tokens", partial(make, op, rows, depth, matrices, bias), moved, operations)
+        )
+    return works
+
+
+def prepared_op(op: str, values: tuple[torch.Tensor, ...], weights: list[torch.Tensor], **attributes: object) -> Op:
+    """A call of `op` with its weights in the layout of its kernel."""
+    kernel = cuda_kernels()[op]
+    prepared = kernel.prepare(*weights, **attributes) if kernel.prepare else weights
+    return partial(kernel.run, *values, *prepared, **attributes)
+
+
+def decode_work(
+    batch: int, length: int, kv_heads: int, dtype: str, bound: int | None = None, kv_dtype: str | None = None
+) -> Work:
     """gpt_attention of `batch` decodes at context `length`; the grid is made for `bound` tokens."""
     step = StepShape(batch, batch, 0, 0, 1, bound or length)
-    cached = 2 * batch * length * kv_heads * HEAD_SIZE * torch_dtype(dtype).itemsize
+    vector = HEAD_SIZE + 4 if kv_dtype == "int8" else HEAD_SIZE * torch_dtype(dtype).itemsize
     name = f"decode, {batch} x {length}, {kv_heads} KV heads" + (f", grid for {bound}" if bound else "")
-    return Work(name, partial(make_attention, step, length, kv_heads, dtype), cached)
+    return Work(
+        name + (f", {kv_dtype}" if kv_dtype else ""),
+        partial(make_attention, step, length, kv_heads, dtype, kv_dtype or dtype),
+        2 * batch * length * kv_heads * vector,
+    )
 
 
-def prefill_work(batch: int, length: int, dtype: str) -> Work:
+def prefill_work(batch: int, length: int, dtype: str, kv_dtype: str | None = None) -> Work:
     """gpt_attention of `batch` whole prompts."""
     step = StepShape(batch * length, batch, batch, batch * length, length, length)
     # q, k and v are read; k, v and the result are written.
     moved = 6 * step.num_tokens * HEADS * HEAD_SIZE * torch_dtype(dtype).itemsize
     operations = batch * 2 * length * (length + 1) * HEADS * HEAD_SIZE
-    return Work(f"prefill, {batch} x {length}", partial(make_attention, step, length, HEADS, dtype), moved, operations)
+    name = f"prefill, {batch} x {length}" + (f", {kv_dtype}" if kv_dtype else "")
+    return Work(name, partial(make_attention, step, length, HEADS, dtype, kv_dtype or dtype), moved, operations)
 
 
-def make_attention(step: StepShape, length: int, kv_heads: int, dtype: str) -> Op:
+def make_attention(step: StepShape, length: int, kv_heads: int, dtype: str, kv_dtype: str) -> Op:
     """A step of equal sequences of `length` tokens over a pool of its own, the blocks in random order."""
     kind = torch_dtype(dtype)
     blocks = -(-length // TOKENS_PER_BLOCK)
-    pool = torch.randn(1 + step.batch_size * blocks, 2, kv_heads, TOKENS_PER_BLOCK, HEAD_SIZE, device=DEVICE).to(kind)
+    pool = torch.randn(1 + step.batch_size * blocks, 2, kv_heads, TOKENS_PER_BLOCK, HEAD_SIZE, device=DEVICE)
+    scales = torch.full(pool.shape[:-1], 1 / 32, device=DEVICE) if kv_dtype == "int8" else None
+    pool = (pool * 32).clamp(-127, 127).to(torch.int8) if kv_dtype == "int8" else pool.to(kind)
     tables = (torch.randperm(step.batch_size * blocks, device=DEVICE) + 1).int().view(step.batch_size, blocks)
     new = step.num_tokens // step.batch_size
     positions = torch.arange(length - new, length, dtype=torch.int32, device=DEVICE).repeat(step.batch_size)
@@ -220,7 +318,7 @@ def make_attention(step: StepShape, length: int, kv_heads: int, dtype: str) -> O
     lengths = torch.full((step.batch_size,), length, dtype=torch.int32, device=DEVICE)
     qkv = torch.randn(step.num_tokens, (HEADS + 2 * kv_heads) * HEAD_SIZE, device=DEVICE).to(kind)
     return partial(
-        gpt_attention, qkv, pool, positions, starts, lengths, lengths, tables, step=step, num_heads=HEADS,
+        gpt_attention, qkv, pool, positions, starts, lengths, lengths, tables, scales, step=step, num_heads=HEADS,
         num_kv_heads=kv_heads, head_size=HEAD_SIZE, rotary_base=10000.0, rotary_dim=HEAD_SIZE, ntk_length=2048,
         logn_length=2048,
     )  # fmt: skip

@@ -1,5 +1,7 @@
 """Measure on one GPU what README claims: speed of a Qwen-7B shape, error of 16-bit logits, ROUGE of the bundled model.
 
+The part modes, which is not run unless it is named, builds and times every quantized mode of the Qwen-7B shape.
+
     python3 tools/measure_gpu.py --output figures.json
 
 Runs from a bare checkout; the part rouge needs the package rouge-score. Each part is a command of examples/qwen or a
@@ -10,6 +12,7 @@ their targets. On a machine without a GPU the same runs with small numbers (--hi
 
 import gc
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -85,6 +88,7 @@ def main(args: MeasureArgs) -> int:
         "logits": measure_logits,
         "rouge": measure_rouge,
         "speed": measure_speed,
+        "modes": measure_modes,
     }
     unknown = [name for name in args.parts if name not in parts]
     if unknown:
@@ -175,6 +179,49 @@ def measure_speed(args: MeasureArgs, folder: Path, clock: Clock) -> tuple[dict[s
     ]
     rows.append(("process start to ready, s", f"{ready:.1f}", "at most 15"))
     return {"build_seconds": build_seconds, "runs": runs, "ready_seconds": ready}, rows
+
+
+# Flags of build.py for random weights of the forms that quantization makes.
+INT4 = {"use_weight_only": True, "weight_only_precision": "int4"}
+SMOOTH_QUANT = {"use_smooth_quant": True}
+MODES: dict[str, dict[str, object]] = {
+    "FP16": {},
+    "INT8 weights": {"use_weight_only": True},
+    "INT8 weights and lm_head": {"use_weight_only": True, "quantize_lm_head": True},
+    "INT4 weights": INT4,
+    "INT4 weights g128": INT4 | {"per_group": True},
+    "GPTQ": INT4 | {"weight_only_precision": "int4_gptq"},
+    "AWQ": INT4 | {"weight_only_precision": "int4_awq"},
+    "SmoothQuant static": SMOOTH_QUANT,
+    "SmoothQuant per token, per channel": SMOOTH_QUANT | {"per_token": True, "per_channel": True},
+    "FP16, INT8 KV": {"int8_kv_cache": True},
+    "INT8 weights, INT8 KV": {"use_weight_only": True, "int8_kv_cache": True},
+}
+
+
+def measure_modes(args: MeasureArgs, folder: Path, clock: Clock) -> tuple[dict[str, Any], list[Row]]:
+    """Decode speed at batch 1 of every mode, random weights; none should be slower than FP16."""
+    checkpoint, engine_dir, output = folder / "modes", folder / "modes_engine", folder / "modes.json"
+    write_shape(args, checkpoint)
+    speeds: dict[str, float] = {}
+    for name, flags in MODES.items():
+        build(args, clock, checkpoint, engine_dir, "float16", dummy_weights=True, max_batch_size=8, **flags)
+        run(
+            clock,
+            "benchmark.py",
+            engine_dir=engine_dir,
+            device=args.device,
+            input_len=args.input_len,
+            output_len=args.output_len,
+            output_json=output,
+        )
+        speeds[name] = json.loads(output.read_text())["runs"][0]["decode_tokens_per_second"]
+        shutil.rmtree(engine_dir)  # a disk holds a few engines of 7B parameters
+    rows = [
+        (f"decode tokens/s, {name}, batch 1", f"{speed:.1f}", f"at least {speeds['FP16']:.1f}")
+        for name, speed in speeds.items()
+    ]
+    return speeds, rows
 
 
 def write_shape(args: MeasureArgs, checkpoint: Path) -> None:

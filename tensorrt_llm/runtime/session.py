@@ -40,6 +40,19 @@ def pick_device(name: str | None = None) -> torch.device:
     return device
 
 
+def prepare_device(device: torch.device) -> None:
+    """What kernels rely on: the current device, and float32 sums in every matmul.
+
+    Triton launches and graphs are captured on the current device. By default torch lets cuBLAS round partial sums of
+    16-bit matmuls.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        torch.backends.cuda.matmul.allow_tf32 = False
+
+
 class Session:
     """`run(batch)` computes one step. With `reference` it is interpreted in float32, the yardstick of debug runs."""
 
@@ -60,9 +73,7 @@ class Session:
                 f"{self.config.engine_name} is one of {self.config.world_size} ranks; "
                 f"running several ranks is not supported yet, build with --world_size 1 --tp_size 1"
             )
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)  # Triton launches and graphs are captured on the current device
-            _forbid_reduced_precision()
+        prepare_device(self.device)
         kernels = reference_kernels() if reference else kernels_for(self.device)
         self._executor = Executor(engine.plan, engine.weights, kernels, self.device, float32=reference)
         is_float = self.config.kv_dtype != "int8"
@@ -140,10 +151,3 @@ def _free_bytes(device: torch.device) -> int:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     raise RuntimeError("/proc/meminfo has no MemAvailable; give kv_cache_tokens")
-
-
-def _forbid_reduced_precision() -> None:
-    """Sums of matmuls stay float32; torch lets cuBLAS round partial sums of 16-bit matmuls by default."""
-    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    torch.backends.cuda.matmul.allow_tf32 = False

@@ -17,6 +17,7 @@ from ..plan import PlanNode
 from .batch import Batch, Row
 from .executor import Call, bind_one_by_one
 from .request import Request, SamplingConfig
+from .session import prepare_device
 from .step_inputs import StepInputs, pack
 
 
@@ -48,6 +49,7 @@ def walk(engine: Engine, texts: Sequence[Sequence[int]], device: torch.device, l
 
     The last nodes see the tokens of the first `logits_of` texts only.
     """
+    prepare_device(device)
     with torch.inference_mode():
         inputs = _prompts(texts, engine.config.limits.tokens_per_block, device, logits_of)
         values = {**inputs.tensors, **_shared_pool(engine, inputs, device)}
