@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ..dtype import itemsize, torch_dtype
-from ..engine import Engine
+from ..engine import Engine, EngineConfig
 from ..kernels import kernels_for, reference_kernels
 from .batch import Batch
 from .decode_graphs import DecodeGraphs
@@ -104,15 +104,11 @@ class Session:
         return self._executor.run(inputs.tensors | self._pools, inputs.shape, keep)
 
     def _allocate_pools(self) -> dict[str, torch.Tensor]:
-        config = self.config
-        shape = (self.num_blocks, 2, config.num_kv_heads_per_rank, config.limits.tokens_per_block, config.head_size)
-        pools = {}
-        for layer in range(config.num_layers):
-            # Zeros cost nothing on the CPU, where untouched pages are never made.
-            pools[f"past_key_value_{layer}"] = torch.zeros(shape, dtype=torch_dtype(self._kv_dtype), device=self.device)
-            if self._kv_dtype == "int8":
-                pools[f"key_value_scales_{layer}"] = torch.zeros(shape[:-1], device=self.device)
-        return pools
+        return {
+            f"{name}_{layer}": tensor
+            for layer in range(self.config.num_layers)
+            for name, tensor in new_pool(self.config, self.num_blocks, self._kv_dtype, self.device).items()
+        }
 
     def _count_blocks(self, kv_cache_tokens: int | None) -> int:
         """Blocks of the pools with scratch block 0: as asked for, else what a full batch uses or memory holds."""
@@ -140,6 +136,16 @@ class Session:
                 (wanted - 1) * limits.tokens_per_block,
             )
         return min(wanted, affordable)
+
+
+def new_pool(config: EngineConfig, num_blocks: int, kv_dtype: str, device: torch.device) -> dict[str, torch.Tensor]:
+    """The KV inputs of one layer, by their names without its number."""
+    shape = (num_blocks, 2, config.num_kv_heads_per_rank, config.limits.tokens_per_block, config.head_size)
+    # Zeros cost nothing on the CPU, where untouched pages are never made.
+    pool = {"past_key_value": torch.zeros(shape, dtype=torch_dtype(kv_dtype), device=device)}
+    if kv_dtype == "int8":
+        pool["key_value_scales"] = torch.zeros(shape[:-1], device=device)
+    return pool
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -10,14 +10,13 @@ from typing import Any
 
 import torch
 
-from ..dtype import torch_dtype
 from ..engine import Engine
 from ..kernels import kernels_for
 from ..plan import PlanNode
 from .batch import Batch, Row
 from .executor import Call, bind_one_by_one
 from .request import Request, SamplingConfig
-from .session import prepare_device
+from .session import new_pool, prepare_device
 from .step_inputs import StepInputs, pack
 
 
@@ -78,10 +77,5 @@ def _shared_pool(engine: Engine, inputs: StepInputs, device: torch.device) -> Ma
     """The KV inputs of all layers, which are the same tensors."""
     config = engine.config
     num_blocks = 1 + int(inputs.tensors["block_tables"].max())
-    shape = (num_blocks, 2, config.num_kv_heads_per_rank, config.limits.tokens_per_block, config.head_size)
-    pool = torch.zeros(shape, dtype=torch_dtype(config.kv_dtype), device=device)
-    pools = {f"past_key_value_{layer}": pool for layer in range(config.num_layers)}
-    if config.kv_dtype == "int8":
-        scales = torch.zeros(shape[:-1], device=device)
-        pools |= {f"key_value_scales_{layer}": scales for layer in range(config.num_layers)}
-    return pools
+    pool = new_pool(config, num_blocks, config.kv_dtype, device)
+    return {f"{name}_{layer}": tensor for name, tensor in pool.items() for layer in range(config.num_layers)}
