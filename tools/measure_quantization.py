@@ -52,7 +52,7 @@ def main(args: MeasureArgs) -> None:
         *("--backend", "both", "--hf_model_dir", args.hf_model_dir, "--engine_dir", engines),
         *("--max_ite", args.max_ite, "--batch_size", args.batch_size),
         *("--output_json", args.output_dir / "table.json", "--output_markdown", args.output_dir / "table.md"),
-        *("--output_chart", args.output_dir / "chart.png"),
+        *("--output_chart", args.output_dir / "chart.png", "--log_level", "info"),
         *on_device(args),
     )
 

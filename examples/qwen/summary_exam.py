@@ -4,6 +4,7 @@ Knows neither flags nor tables; one backend is open at a time.
 """
 
 import gc
+import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +21,8 @@ from tensorrt_llm.runtime import SamplingConfig
 from tensorrt_llm.tokenizer import Tokenizer
 
 Item = TypeVar("Item")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ def take_exam(
             compare_with=beside.following.logits if beside else None,
         ),
     )
+    logger.info("%s: %d articles in %.0f s", run.name, len(prompts), seconds)
     del backend
     gc.collect()  # a session and its graphs know each other
     return run
