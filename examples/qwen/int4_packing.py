@@ -56,7 +56,7 @@ def _interleaved(integers: torch.Tensor) -> torch.Tensor:
 
 def _words(packed: torch.Tensor) -> torch.Tensor:
     """Two integers to a byte, [rows, bytes], as int32: little-endian, like every machine that torch runs on."""
-    return packed.contiguous().view(torch.int32)
+    return packed.flatten().view(torch.int32).unflatten(0, (len(packed), -1))
 
 
 @dataclass(frozen=True)

@@ -108,9 +108,9 @@ def layout_of(args: QuantizeArgs) -> Int4Format:
 
 def check_flags(args: QuantizeArgs) -> None:
     """Refuse numbers out of range, and flags that would have no effect."""
-    for name in ("calib_size", "calib_tokens", "max_length"):
-        if getattr(args, name) < 2:
-            raise ValueError(f"--{name} is {getattr(args, name)}, expected at least 2")
+    for name, least in (("calib_size", 1), ("calib_tokens", 2), ("max_length", 2)):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name} is {getattr(args, name)}, expected at least {least}")
     if args.group_size != -1 and args.group_size < 1:
         raise ValueError(
             f"--group_size is {args.group_size}, expected a positive number, or -1 for one scale per output"

@@ -2,7 +2,7 @@
 
 Run as a program in a process without TRITON_INTERPRET: the launchers get tensors on the meta device, and in the place
 of each kernel stands a recorder that compiles the call instead of launching it. Prints
-{case: {kernel: {"registers": n, "spills": bytes, "shared": bytes, "opcodes": {opcode: count}}}}.
+{case: {kernel: {"registers": n, "stack": bytes, "shared": bytes, "opcodes": {opcode: count}, "fused_roundings": n}}}.
 """
 
 import importlib
@@ -23,11 +23,22 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from tensorrt_llm.kernels import StepShape
-from tensorrt_llm.kernels.cuda import add_rms_norm, gpt_attention
+from tensorrt_llm.kernels.cuda import (
+    add_rms_norm,
+    gpt_attention,
+    quantize_per_token,
+    smooth_quant_gated_mlp,
+    smooth_quant_gemm,
+    weight_only_gated_mlp,
+    weight_only_quant_matmul,
+)
 from tensorrt_llm.kernels.cuda.gated_mlp import silu_mul
 
 HOPPER = GPUTarget("cuda", 90, 32)
-POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32"}
+POINTERS = {
+    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16",
+    torch.int32: "*i32", torch.int16: "*i16", torch.int8: "*i8",
+}  # fmt: skip
 KERNELS = (
     ("norm", "_rms_norm"),
     ("gated_mlp", "_silu_mul"),
@@ -36,8 +47,18 @@ KERNELS = (
     ("decode_attention", "_decode_grouped_heads"),
     ("decode_attention", "_combine_splits"),
     ("prefill_attention", "_prefill"),
+    ("weight_only", "_stream_rows"),
+    ("weight_only", "_multiply_tiles"),
+    ("weight_only", "_add_splits"),
+    ("weight_only", "_widen"),
+    ("smooth_quant", "_quantize"),
+    ("smooth_quant", "_stream_rows"),
+    ("smooth_quant", "_multiply_tiles"),
 )
 OPTIONS = ("num_warps", "num_stages")
+PREFILL = StepShape(4096, 2, 2, 4096, 2048, 2048)
+DECODE = StepShape(4, 4, 0, 0, 1, 2048)
+SHORT_DECODE = StepShape(1, 1, 0, 0, 1, 128)
 NVDISASM = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "nvdisasm")
 
 
@@ -93,6 +114,7 @@ def read_sass(compiled: Any) -> dict[str, Any]:
         "stack": int(stack),
         "shared": compiled.metadata.shared,
         "opcodes": dict(opcodes),
+        "fused_roundings": len(re.findall(r"FFMA.*12582912", text)),  # int8_rows.py has the number and the reason
     }
 
 
@@ -111,8 +133,9 @@ def recording() -> Iterator[dict[str, Any]]:
         setattr(module, name, kernel)
 
 
-def attend(dtype: torch.dtype, step: StepShape, heads: int, kv_heads: int) -> None:
+def attend(dtype: torch.dtype, kv_dtype: torch.dtype, step: StepShape, heads: int, kv_heads: int) -> None:
     """One gpt_attention call with heads of 128, a pool of more than 2^31 elements, and NTK and log-n on."""
+    pool = (8192, 2, kv_heads, 64, 128)
 
     def ints(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.int32, device="meta")
@@ -120,33 +143,78 @@ def attend(dtype: torch.dtype, step: StepShape, heads: int, kv_heads: int) -> No
     batch, tokens = step.batch_size, step.num_tokens
     gpt_attention(
         torch.empty((tokens, (heads + 2 * kv_heads) * 128), dtype=dtype, device="meta"),
-        torch.empty((8192, 2, kv_heads, 64, 128), dtype=dtype, device="meta"),
+        torch.empty(pool, dtype=kv_dtype, device="meta"),
         ints(tokens), ints(batch + 1), ints(batch), ints(batch), ints(batch, 128),
+        torch.empty(pool[:-1], device="meta") if kv_dtype == torch.int8 else None,
         step=step, num_heads=heads, num_kv_heads=kv_heads, head_size=128, rotary_base=10000.0, rotary_dim=128,
         ntk_length=2048, logn_length=2048,
     )  # fmt: skip
 
 
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def multiply_int4(x: torch.Tensor, dtype: str) -> None:
+    """The gated MLP, with groups of 128 and zero points: 16 blocks of 64 words a row."""
+    groups, rows = 4096 // 128, 2 * 11008
+    scale, zero = empty(groups, rows, dtype=torch.float16), empty(groups, rows, dtype=torch.int16)
+    words = empty(rows, 16 * 64, dtype=torch.int16)
+    weight_only_gated_mlp(x, words, scale, zero, bits=4, has_zero=True, dtype=dtype)
+
+
+def multiply_int8(x: torch.Tensor, dtype: str) -> None:
+    """A projection with bias and a scale for each row: 32 blocks of 64 words."""
+    words, bias = empty(12288, 32 * 64, dtype=torch.int16), empty(12288, dtype=x.dtype)
+    weight_only_quant_matmul(x, words, empty(1, 12288), None, bias, bits=8, has_zero=False, dtype=dtype)
+
+
+def multiply_integers(tokens: int, dtype: str) -> None:
+    """A projection in W8A8, for one token, or the gated MLP."""
+    x, x_scale = empty(tokens, 4096, dtype=torch.int8), empty(tokens, 1)
+    if tokens == 1:
+        smooth_quant_gemm(x, x_scale, empty(4096, 4096, dtype=torch.int8), empty(4096), dtype=dtype)
+    else:
+        smooth_quant_gated_mlp(x, x_scale, empty(22016, 4096, dtype=torch.int8), empty(22016), dtype=dtype)
+
+
 def compile_all() -> dict[str, Any]:
     cases: dict[str, Any] = {}
-    prefill = StepShape(4096, 2, 2, 4096, 2048, 2048)
-    decode = StepShape(4, 4, 0, 0, 1, 2048)
-    short_decode = StepShape(1, 1, 0, 0, 1, 128)
     for name, dtype in (("float16", torch.float16), ("bfloat16", torch.bfloat16), ("float32", torch.float32)):
         for case, step, heads, kv_heads in (
-            ("prefill", prefill, 32, 32),
-            ("decode", decode, 32, 32),
-            ("short_decode", short_decode, 32, 32),
-            ("grouped_decode", decode, 28, 4),
+            ("prefill", PREFILL, 32, 32),
+            ("decode", DECODE, 32, 32),
+            ("short_decode", SHORT_DECODE, 32, 32),
+            ("grouped_decode", DECODE, 28, 4),
         ):
             with recording() as cases[f"{case}_{name}"]:
-                attend(dtype, step, heads, kv_heads)
+                attend(dtype, dtype, step, heads, kv_heads)
         with recording() as cases[f"dense_{name}"]:
             x = torch.empty((4, 4096), device="meta")
             y, weight = x.to(dtype), torch.empty(4096, dtype=dtype, device="meta")
             add_rms_norm(x, y, weight, eps=1e-6, dtype=name)
             silu_mul(torch.empty((4, 2 * 11008), dtype=dtype, device="meta"), dtype=name)
+    compile_quantized(cases)
     return cases
+
+
+def compile_quantized(cases: dict[str, Any]) -> None:
+    half, brain = torch.float16, torch.bfloat16
+    for case, step, kv_heads in (("prefill", PREFILL, 32), ("decode", DECODE, 32), ("grouped_decode", DECODE, 4)):
+        with recording() as cases[f"{case}_float16_int8"]:
+            attend(half, torch.int8, step, 32, kv_heads)
+    for name, dtype, tokens in (*(("float16", half, tokens) for tokens in (1, 16, 64)), ("bfloat16", brain, 16)):
+        with recording() as cases[f"int4_{tokens}_{name}"]:
+            multiply_int4(empty(tokens, 4096, dtype=dtype), name)
+        with recording() as cases[f"int8_{tokens}_{name}"]:
+            multiply_int8(empty(tokens, 4096, dtype=dtype), name)
+    with recording() as cases["widened_float16"]:
+        multiply_int4(empty(512, 4096, dtype=half), "float16")
+    for tokens in (1, 16, 512):
+        with recording() as cases[f"w8a8_{tokens}_float16"]:
+            multiply_integers(tokens, "float16")
+    with recording() as cases["quantize_float16"]:
+        quantize_per_token(empty(4, 11008, dtype=half), empty(11008))
 
 
 if __name__ == "__main__":

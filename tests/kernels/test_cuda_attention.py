@@ -2,6 +2,10 @@
 
 A sequence is written (cached, new, prompt): tokens in the pool before the step, tokens that the step brings, and the
 prompt length that fixes its NTK alpha. Contexts come first, decodes (new == 1) after them.
+
+An int8 pool is held to two claims: the step's keys and values come into it as the reference's do, and attention is
+that over the vectors which its integers and scales stand for. Each can be checked closely where both together cannot:
+a key a hair beside a half step may be rounded either way.
 """
 
 import math
@@ -19,6 +23,8 @@ from tensorrt_llm.kernels import StepShape, reference
 from tensorrt_llm.kernels.cuda import gpt_attention
 
 ON_GPU = torch.cuda.is_available()
+# Triton's interpreter divides with numpy, which warns where a GPU just gives infinity.
+pytestmark = pytest.mark.filterwarnings("ignore:divide by zero")
 
 
 @pytest.fixture(autouse=True)
@@ -45,25 +51,55 @@ class Case:
     context_lengths: torch.Tensor
     block_tables: torch.Tensor
     attributes: dict[str, Any]
+    scales: torch.Tensor | None = None  # of an int8 pool
 
     def run(self, attention: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """(output, pool afterwards)."""
-        pool = self.pool.clone()
+        output, written = self.step(attention)
+        return output, written.pool
+
+    def step(self, attention: Any) -> tuple[torch.Tensor, "Case"]:
+        """(output, this case with the pool and scales afterwards)."""
+        pool, scales = self.pool.clone(), None if self.scales is None else self.scales.clone()
         tables = (self.position_ids, self.query_starts, self.sequence_length, self.context_lengths, self.block_tables)
-        return attention(self.qkv, pool, *tables, **self.attributes), pool
+        output = attention(self.qkv, pool, *tables, scales, **self.attributes)
+        return output, replace(self, pool=pool, scales=scales)
 
     def exact(self) -> torch.Tensor:
         """The reference's output in float64; it multiplies unwritten slots by zero, so these hold zeros for it."""
         exact = replace(self, qkv=self.qkv.double(), pool=self.pool.double().nan_to_num())
         return exact.run(reference.gpt_attention)[0]
 
+    def widened(self) -> "Case":
+        """The float64 case of the vectors that stand in a written int8 pool: its qkv holds those of the new tokens.
+
+        A new key is turned back by its angles first, as attention will turn it again.
+        """
+        assert self.scales is not None
+        heads, kv_heads, size = (self.attributes[name] for name in ("num_heads", "num_kv_heads", "head_size"))
+        pool = self.pool.double() * self.scales.double().nan_to_num()[..., None]
+        sequence = torch.repeat_interleave(self.query_starts.diff().long())
+        positions, slots = self.position_ids.long(), self.position_ids.long() % pool.shape[3]
+        blocks = self.block_tables[sequence, positions // pool.shape[3]].long()
+        keys, values = pool[blocks, :, :, slots].unbind(1)  # [tokens, kv_heads, head_size]
+        rope = {name: self.attributes[name] for name in ("rotary_base", "rotary_dim")}
+        limit = self.attributes["ntk_length"]
+        for token, prompt in enumerate(self.context_lengths[sequence].tolist()):
+            one = slice(token, token + 1)
+            alpha = reference.ntk_alpha(prompt, limit) if limit else 1
+            angles = reference.rope_angles(positions[one], alpha=alpha, dtype=torch.float64, **rope)
+            keys[one] = reference.rotate(keys[one], -angles)
+        queries = self.qkv.double()[:, : heads * size]
+        qkv = torch.cat((queries, keys.reshape(-1, kv_heads * size), values.reshape(-1, kv_heads * size)), dim=1)
+        return replace(self, qkv=qkv, pool=pool, scales=None)
+
     def tolerance(self) -> float:
         """How far a right kernel may be off.
 
-        In the pool's dtype are rounded: q and k, seen through scores of unit size (4 sigma), probabilities, output.
+        In qkv's dtype are rounded: q and k, seen through scores of unit size (4 sigma), probabilities, output.
         In float32: a score's terms, the running sums, exp2. All of it scales with the largest value.
         """
-        dtype = self.pool.dtype
+        dtype = self.qkv.dtype
         is_cut = dtype == torch.bfloat16 and not ON_GPU  # Triton's interpreter rounds bfloat16 towards zero
         narrow, single = torch.finfo(dtype).eps / (1 if is_cut else 2), torch.finfo(torch.float32).eps / 2
         terms = self.attributes["head_size"] + self.attributes["step"].max_sequence_length
@@ -79,9 +115,13 @@ def make_case(
     head_size: int = 64,
     tokens_per_block: int = 16,
     dtype: torch.dtype = torch.float32,
+    is_int8: bool = False,
     **attributes: Any,
 ) -> Case:
-    """Random queries, keys and values of unit size; blocks are owned in random order, block 0 by none."""
+    """Random queries, keys and values of unit size; blocks are owned in random order, block 0 by none.
+
+    Unwritten slots of an int8 pool are -128, which no value is rounded to, with NaN for a scale.
+    """
     sequences = (*contexts, *decodes)
     num_heads, num_kv_heads = heads
     owned = [math.ceil((cached + new) / tokens_per_block) for cached, new, _ in sequences]
@@ -94,6 +134,12 @@ def make_case(
         pool[blocks[slots // tokens_per_block], :, :, slots % tokens_per_block] = torch.randn(
             cached, 2, num_kv_heads, head_size
         ).to(dtype)
+    scales = None
+    if is_int8:
+        integers, scales = reference.quantize_kv(pool.float().flatten(0, 2))
+        is_written = scales.isfinite().view(pool.shape[:-1])
+        scales = scales.view(pool.shape[:-1]).to(device)
+        pool = torch.where(is_written[..., None], integers.view(pool.shape), -128)
     new = [new for _, new, _ in sequences]
 
     def ints(values: Sequence[int]) -> torch.Tensor:
@@ -114,12 +160,14 @@ def make_case(
             num_heads=num_heads, num_kv_heads=num_kv_heads, head_size=head_size,
             **(dict(rotary_base=10000.0, rotary_dim=head_size, ntk_length=0, logn_length=0) | attributes),
         ),
+        scales=scales,
     )  # fmt: skip
 
 
 def assert_matches_reference(case: Case) -> None:
-    wanted = case.exact()
-    torch.testing.assert_close(case.run(gpt_attention)[0].double(), wanted, rtol=0, atol=case.tolerance())
+    output, written = case.step(gpt_attention)
+    wanted = (case if case.scales is None else written.widened()).exact()
+    torch.testing.assert_close(output.double(), wanted, rtol=0, atol=case.tolerance())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -140,6 +188,52 @@ def test_a_mixed_step_matches_the_reference(
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("heads", "head_size", "tokens_per_block"), [((2, 2), 80, 16), ((7, 1), 96, 24)])
+def test_a_mixed_step_over_int8_is_attention_over_what_the_pool_holds(
+    device: torch.device, heads: tuple[int, int], head_size: int, tokens_per_block: int, dtype: torch.dtype
+) -> None:
+    contexts = [(0, 1, 9), (5, 37, 42), (0, 3, 3)]
+    decodes = [(0, 1, 1), (260, 1, 9)]
+    assert_matches_reference(
+        make_case(
+            contexts, decodes, device=device, heads=heads, head_size=head_size, tokens_per_block=tokens_per_block,
+            dtype=dtype, is_int8=True, q_scaling=1.25, ntk_length=32, logn_length=32,
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("heads", [(2, 2), (3, 1)])
+def test_new_keys_and_values_become_the_integers_of_the_reference(
+    device: torch.device, heads: tuple[int, int], dtype: torch.dtype
+) -> None:
+    case = make_case(
+        [(5, 14, 19), (0, 3, 3)], [(16, 1, 8), (40, 1, 8)], device=device, heads=heads, head_size=80, dtype=dtype,
+        is_int8=True, ntk_length=16,
+    )  # fmt: skip
+    case.qkv[0] *= 1e-3  # a token of small keys and values has small scales: none of its digits is lost
+    got = case.step(gpt_attention)[1]
+    wanted = replace(case, qkv=case.qkv.double()).step(reference.gpt_attention)[1]
+    assert got.scales is not None and wanted.scales is not None
+    torch.testing.assert_close(got.scales, wanted.scales, rtol=1e-6, atol=0, equal_nan=True)
+    difference = (got.pool.int() - wanted.pool.int()).abs()
+    # float32 angles and products may move a key over a half step, values stay as they are.
+    assert difference.max() <= 1 and difference.sum() <= 3 and difference[:, 1].sum() == 0
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (2, 1)])
+def test_small_values_in_int8_keep_their_digits(device: torch.device, heads: tuple[int, int]) -> None:
+    """A scale of 1e-6 times a probability is no number of float16 that a dot could take."""
+    case = make_case([(0, 40, 40)], [(290, 1, 5)], device=device, heads=heads, dtype=torch.float16, is_int8=True)
+    assert case.scales is not None
+    num_values = heads[1] * 64
+    case.qkv[:, -num_values:] *= 1e-4
+    case.scales[:, 1] *= 1e-4
+    output, written = case.step(gpt_attention)
+    torch.testing.assert_close(output.double(), written.widened().exact(), rtol=0, atol=1e-4 * case.tolerance())
+
+
 @pytest.mark.parametrize(
     ("dtype", "contexts"),
     [
@@ -153,10 +247,11 @@ def test_prompts_around_tile_borders(device: torch.device, dtype: torch.dtype, c
     assert_matches_reference(make_case(cases, [], device=device, heads=(2, 1), dtype=dtype))
 
 
+@pytest.mark.parametrize("is_int8", [False, True])
 @pytest.mark.parametrize("heads", [(1, 1), (2, 1)])
-def test_decodes_around_block_and_split_borders(device: torch.device, heads: tuple[int, int]) -> None:
+def test_decodes_around_block_and_split_borders(device: torch.device, heads: tuple[int, int], is_int8: bool) -> None:
     borders = [(length - 1, 1, 1) for length in (7, 8, 9, 127, 128, 129, 255, 256, 257, 512, 513)]
-    assert_matches_reference(make_case([], borders, device=device, heads=heads, tokens_per_block=8))
+    assert_matches_reference(make_case([], borders, device=device, heads=heads, tokens_per_block=8, is_int8=is_int8))
 
 
 @pytest.mark.parametrize(("heads", "cached"), [((1, 1), 5000), ((2, 1), 2500)])
@@ -207,9 +302,10 @@ def test_only_the_slots_of_new_tokens_are_written(device: torch.device, heads: t
     torch.testing.assert_close(pool.double(), wanted, rtol=0, atol=4e-6, equal_nan=True)
 
 
+@pytest.mark.parametrize("is_int8", [False, True])
 @pytest.mark.parametrize("heads", [(2, 2), (4, 1)])
-def test_a_decode_does_not_depend_on_its_batch(device: torch.device, heads: tuple[int, int]) -> None:
-    case = make_case([(0, 9, 9)], [(99, 1, 5), (300, 1, 5), (150, 1, 5)], device=device, heads=heads)
+def test_a_decode_does_not_depend_on_its_batch(device: torch.device, heads: tuple[int, int], is_int8: bool) -> None:
+    case = make_case([(0, 9, 9)], [(99, 1, 5), (300, 1, 5), (150, 1, 5)], device=device, heads=heads, is_int8=is_int8)
     together = case.run(gpt_attention)[0]
     for row in (1, 2, 3):
         token, length = 8 + row, int(case.sequence_length[row])
@@ -255,39 +351,47 @@ def test_padding_rows_of_a_graph_change_nothing(device: torch.device, heads: tup
 
 
 @pytest.mark.skipif(not ON_GPU, reason="a pool of 5 GB is for the GPU")
+@pytest.mark.parametrize("is_int8", [False, True])
 @pytest.mark.parametrize("contexts", [[(0, 70, 70)], []], ids=["prefill", "decode"])
 def test_blocks_beyond_two_billion_elements_are_reached(
-    device: torch.device, contexts: list[tuple[int, int, int]], monkeypatch: pytest.MonkeyPatch
+    device: torch.device, contexts: list[tuple[int, int, int]], is_int8: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case = make_case(contexts, [(99, 1, 5)], device=device, heads=(8, 8), head_size=128, dtype=torch.float16)
+    case = make_case(
+        contexts, [(99, 1, 5)], device=device, heads=(8, 8), head_size=128, dtype=torch.float16, is_int8=is_int8
+    )
     blocks = 2**31 // case.pool[0].numel() + len(case.pool)
     monkeypatch.undo()
-    pool = torch.zeros(blocks, *case.pool.shape[1:], dtype=torch.float16, device=device)
-    shift = blocks - len(case.pool)
-    pool[shift:] = case.pool
-    assert torch.equal(
-        replace(case, pool=pool, block_tables=case.block_tables + shift).run(gpt_attention)[0],
-        case.run(gpt_attention)[0],
+    shift, scales = blocks - len(case.pool), case.scales
+    far = replace(
+        case,
+        pool=torch.cat((case.pool.new_zeros(shift, *case.pool.shape[1:]), case.pool)),
+        scales=scales if scales is None else torch.cat((scales.new_zeros(shift, *scales.shape[1:]), scales)),
+        block_tables=case.block_tables + shift,
     )
+    assert torch.equal(far.run(gpt_attention)[0], case.run(gpt_attention)[0])
 
 
 @pytest.mark.skipif(not ON_GPU, reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("is_int8", [False, True])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 1)])
 def test_a_captured_step_replays_on_new_inputs(
-    device: torch.device, heads: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    device: torch.device, heads: tuple[int, int], is_int8: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.undo()
+    settings = dict(device=device, heads=heads, dtype=torch.float16, is_int8=is_int8)
     first, second = (
-        make_case([], [(length, 1, 5) for length in lengths], device=device, heads=heads, dtype=torch.float16)
-        for lengths in ((300, 40), (70, 280))
+        make_case([], [(length, 1, 5) for length in lengths], **settings) for lengths in ((300, 40), (70, 280))
     )
     bound = {"step": first.attributes["step"]._replace(max_sequence_length=512)}
-    names = ("qkv", "pool", "position_ids", "query_starts", "sequence_length", "context_lengths", "block_tables")
+    names = ["qkv", "pool", "position_ids", "query_starts", "sequence_length", "context_lengths", "block_tables"]
+    names += ["scales"] if is_int8 else []
     first, second = (replace(case, attributes=case.attributes | bound) for case in (first, second))
     static = {name: getattr(first, name).clone() for name in names}
     width = max(first.block_tables.shape[1], second.block_tables.shape[1])
     static["block_tables"] = torch.zeros(2, width, dtype=torch.int32, device=device)
-    static["pool"] = torch.zeros(max(len(first.pool), len(second.pool)), *first.pool.shape[1:]).to(first.pool)
+    for name in {"pool", "scales"} & set(names):
+        longest = max(getattr(first, name), getattr(second, name), key=len)
+        static[name] = torch.zeros_like(longest)
     gpt_attention(*static.values(), **first.attributes)  # compiles outside the capture
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

@@ -60,6 +60,14 @@ def test_every_kernel_moves_128_bits_at_a_time(compiled: dict[str, dict[str, Any
     assert not narrow
 
 
+@pytest.mark.parametrize("case", [f"{case}_float16_int8" for case in ("prefill", "decode", "grouped_decode")])
+def test_int8_keys_and_values_are_copied_to_shared_memory_ahead_of_use(compiled: dict[str, Any], case: str) -> None:
+    (attention,) = (facts for name, facts in compiled[case].items() if name.startswith(("_prefill", "_decode")))
+    assert count(attention, "LDGSTS.E.BYPASS") >= 4
+    assert count(attention, "LDGSTS") <= 64, "no thread copies scales that another one copies too"
+    assert count(attention, "LDG.E.128") <= 8, "only q is loaded through registers"
+
+
 @pytest.mark.parametrize("case", ATTENTION)
 def test_keys_and_values_are_copied_to_shared_memory_ahead_of_use(compiled: dict[str, Any], case: str) -> None:
     (attention,) = (facts for name, facts in compiled[case].items() if name.startswith(("_prefill", "_decode")))
@@ -67,12 +75,12 @@ def test_keys_and_values_are_copied_to_shared_memory_ahead_of_use(compiled: dict
     assert count(attention, "LDG.E.128") <= 8, "only q is loaded through registers"
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float16_int8"])
 def test_prefill_runs_on_wgmma(compiled: dict[str, Any], dtype: str) -> None:
     assert count(compiled[f"prefill_{dtype}"]["_prefill"], "HGMMA.64x64x16.F32", "HGMMA.64x128x16.F32") >= 16
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float16_int8"])
 def test_grouped_decode_runs_on_tensor_cores_and_one_head_does_not(compiled: dict[str, Any], dtype: str) -> None:
     assert count(compiled[f"grouped_decode_{dtype}"]["_decode_grouped_heads"], "HMMA.16816.F32") >= 16
     assert count(compiled[f"decode_{dtype}"]["_decode_one_head"], "HMMA", "HGMMA") == 0
@@ -83,9 +91,40 @@ def test_float32_attention_multiplies_exactly(compiled: dict[str, Any], case: st
     assert all(count(facts, "HMMA", "HGMMA") == 0 for facts in compiled[case].values())
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float16_int8"])
 def test_five_decode_programs_fit_the_registers_of_an_sm(compiled: dict[str, Any], dtype: str) -> None:
     """decode_attention.py counts on them to keep the memory busy."""
     facts = compiled[f"decode_{dtype}"]["_decode_one_head"]
     assert facts["registers"] * 4 * 32 * 5 <= 65536
     assert facts["shared"] * 5 <= 227 * 1024
+
+
+@pytest.mark.parametrize(("tokens", "dtype"), [(16, "float16"), (64, "float16"), (16, "bfloat16")])
+@pytest.mark.parametrize("bits", ["int4", "int8"])
+def test_weight_only_tiles_run_on_wgmma(compiled: dict[str, Any], bits: str, tokens: int, dtype: str) -> None:
+    facts = compiled[f"{bits}_{tokens}_{dtype}"]["_multiply_tiles"]
+    assert count(facts, f"HGMMA.64x{tokens}x16.F32") >= 8
+    assert count(facts, "I2F") <= 8, "weights are unpacked without conversions, zero points are not"
+
+
+@pytest.mark.parametrize("bits", ["int4", "int8"])
+def test_streamed_weights_stay_in_the_lanes_that_loaded_them(compiled: dict[str, Any], bits: str) -> None:
+    facts = compiled[f"{bits}_1_float16"]["_stream_rows"]
+    assert count(facts, "BAR.SYNC") <= 4, "those of the last sums"
+    assert count(facts, "I2F") <= 8, "weights are unpacked without conversions, zero points are not"
+
+
+def test_integers_are_multiplied_as_integers(compiled: dict[str, Any]) -> None:
+    for tokens in (16, 512):
+        assert count(compiled[f"w8a8_{tokens}_float16"]["_multiply_tiles"], "IGMMA") >= 4
+    assert count(compiled["w8a8_1_float16"]["_stream_rows"], "IMAD") >= 64
+
+
+def test_products_are_rounded_before_they_become_integers(compiled: dict[str, Any]) -> None:
+    fused = [
+        (case, kernel)
+        for case, kernels in compiled.items()
+        for kernel, facts in kernels.items()
+        if facts["fused_roundings"]
+    ]
+    assert not fused

@@ -10,10 +10,23 @@ from .attention import gpt_attention
 from .gated_mlp import gated_mlp, prepare_gated_mlp
 from .linear import embedding, gather_last_token, matmul
 from .norm import add_rms_norm, rms_norm
+from .smooth_quant import (
+    prepare_smooth_quant_gated_mlp,
+    quantize_per_token,
+    quantize_tensor,
+    smooth_quant_gated_mlp,
+    smooth_quant_gemm,
+)
+from .weight_only import (
+    prepare_weight_only_gated_mlp,
+    prepare_weight_only_quant_matmul,
+    weight_only_gated_mlp,
+    weight_only_quant_matmul,
+)
 
 
 def cuda_kernels() -> dict[str, Kernel]:
-    """The ops with a kernel of their own on CUDA; add, mul, silu and cast are torch's."""
+    """The ops with a kernel of their own on CUDA; elementwise ones and permute_columns are torch's."""
     return {
         "embedding": Kernel(embedding),
         "rms_norm": Kernel(rms_norm),
@@ -22,4 +35,10 @@ def cuda_kernels() -> dict[str, Kernel]:
         "gated_mlp": Kernel(gated_mlp, prepare=prepare_gated_mlp),
         "gather_last_token": Kernel(gather_last_token),
         "gpt_attention": Kernel(gpt_attention, needs_step=True),
+        "weight_only_quant_matmul": Kernel(weight_only_quant_matmul, prepare=prepare_weight_only_quant_matmul),
+        "weight_only_gated_mlp": Kernel(weight_only_gated_mlp, prepare=prepare_weight_only_gated_mlp),
+        "quantize_per_token": Kernel(quantize_per_token),
+        "quantize_tensor": Kernel(quantize_tensor),
+        "smooth_quant_gemm": Kernel(smooth_quant_gemm),
+        "smooth_quant_gated_mlp": Kernel(smooth_quant_gated_mlp, prepare=prepare_smooth_quant_gated_mlp),
     }

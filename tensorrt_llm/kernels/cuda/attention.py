@@ -8,6 +8,7 @@ import torch
 
 from ..step import StepShape
 from .decode_attention import decode_attention
+from .kv_pool import check_scales
 from .prefill_attention import prefill_attention
 from .rope_kv import rope_kv
 
@@ -20,6 +21,7 @@ def gpt_attention(
     sequence_length: torch.Tensor,
     context_lengths: torch.Tensor,
     block_tables: torch.Tensor,
+    key_value_scales: torch.Tensor | None = None,
     *,
     step: StepShape,
     num_heads: int,
@@ -32,16 +34,20 @@ def gpt_attention(
     logn_length: int,
 ) -> torch.Tensor:
     """Attention of the step's tokens over all cached ones, [tokens, heads * head_size]; the pool gains K and V."""
+    check_scales(past_key_value, key_value_scales)
     q = rope_kv(
-        qkv, past_key_value, position_ids, query_starts, context_lengths, block_tables, step=step,
+        qkv, past_key_value, position_ids, query_starts, context_lengths, block_tables, key_value_scales, step=step,
         num_heads=num_heads, num_kv_heads=num_kv_heads, head_size=head_size, rotary_base=rotary_base,
         rotary_dim=rotary_dim, ntk_length=ntk_length, logn_length=logn_length,
     )  # fmt: skip
     out = torch.empty_like(q)
     if step.num_contexts:
         prefill_attention(
-            q, past_key_value, query_starts, sequence_length, block_tables, out, step=step, q_scaling=q_scaling
-        )
+            q, past_key_value, query_starts, sequence_length, block_tables, key_value_scales, out, step=step,
+            q_scaling=q_scaling,
+        )  # fmt: skip
     if step.batch_size > step.num_contexts:
-        decode_attention(q, past_key_value, sequence_length, block_tables, out, step=step, q_scaling=q_scaling)
+        decode_attention(
+            q, past_key_value, sequence_length, block_tables, key_value_scales, out, step=step, q_scaling=q_scaling
+        )
     return out.flatten(1)

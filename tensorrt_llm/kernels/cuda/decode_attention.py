@@ -21,7 +21,16 @@ import triton
 import triton.language as tl
 
 from ..step import StepShape
-from .kv_pool import dot_dtype, padded_head_size, pool_strides, token_offsets
+from .kv_pool import (
+    VALUE_SCALE_LIFT,
+    dot_dtype,
+    dot_operand,
+    dot_words,
+    load_scales,
+    padded_width,
+    pool_strides,
+    token_offsets,
+)
 
 # A running maximum starts below every score, yet finite: -inf minus -inf would be NaN in an all-masked row.
 _LOWEST = tl.constexpr(-1e30)
@@ -32,10 +41,11 @@ _LOWEST = tl.constexpr(-1e30)
     do_not_specialize_on_alignment=["block_tables_ptr", "sequence_length_ptr"],
 )
 def _decode_one_head(
-    q_ptr, pool_ptr, block_tables_ptr, sequence_length_ptr, out_ptr, partial_ptr, lse_ptr,
+    q_ptr, pool_ptr, scales_ptr, block_tables_ptr, sequence_length_ptr, out_ptr, partial_ptr, lse_ptr,
     first_sequence, first_token, num_splits, table_stride, block_stride, value_stride, head_stride, token_stride, scale,
     NUM_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, DIM_TILE: tl.constexpr, TOKENS_PER_BLOCK: tl.constexpr,
     SPLIT_TOKENS: tl.constexpr, TILE_TOKENS: tl.constexpr, IS_ONLY_SPLIT: tl.constexpr, NUM_STAGES: tl.constexpr,
+    IS_INT8: tl.constexpr,
 ):  # fmt: skip
     """One query head per KV head: no dot, as 15 of 16 rows of a tensor core tile would be padding.
 
@@ -55,6 +65,8 @@ def _decode_one_head(
     q = tl.load(q_ptr + query_row + dims, mask=dim_mask, other=0.0).to(tl.float32) * scale
     table_ptr = block_tables_ptr + sequence.to(tl.int64) * table_stride
     keys_ptr = pool_ptr + head.to(tl.int64) * head_stride
+    if IS_INT8:
+        scales_ptr += head.to(tl.int64) * (head_stride // HEAD_SIZE)
     top = tl.full([TILE_TOKENS], _LOWEST, tl.float32)
     total = tl.zeros([TILE_TOKENS], tl.float32)
     result = tl.zeros([TILE_TOKENS, DIM_TILE], tl.float32)
@@ -66,10 +78,16 @@ def _decode_one_head(
         mask = cached[:, None] & dim_mask[None, :]
         keys = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
         values = tl.load(pointers + value_stride, mask=mask, other=0.0).to(tl.float32)
-        score = tl.where(cached, tl.sum(keys * q[None, :], axis=1), float("-inf"))
+        score = tl.sum(keys * q[None, :], axis=1)
+        if IS_INT8:
+            key_scale, value_scale = load_scales(scales_ptr, offsets, cached, value_stride, HEAD_SIZE)
+            score *= key_scale
+        score = tl.where(cached, score, float("-inf"))
         new_top = tl.maximum(top, score)
         decay, weight = tl.exp2(top - new_top), tl.exp2(score - new_top)
         total = total * decay + weight
+        if IS_INT8:
+            weight *= value_scale
         result = result * decay[:, None] + weight[:, None] * values
         top = new_top
 
@@ -90,14 +108,16 @@ def _decode_one_head(
     do_not_specialize_on_alignment=["block_tables_ptr", "sequence_length_ptr"],
 )
 def _decode_grouped_heads(
-    q_ptr, pool_ptr, block_tables_ptr, sequence_length_ptr, out_ptr, partial_ptr, lse_ptr,
+    q_ptr, pool_ptr, scales_ptr, block_tables_ptr, sequence_length_ptr, out_ptr, partial_ptr, lse_ptr,
     first_sequence, first_token, num_splits, table_stride, block_stride, value_stride, head_stride, token_stride, scale,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_TILE: tl.constexpr,
     HEAD_SIZE: tl.constexpr, DIM_TILE: tl.constexpr, TOKENS_PER_BLOCK: tl.constexpr,
     SPLIT_TOKENS: tl.constexpr, TILE_TOKENS: tl.constexpr, IS_ONLY_SPLIT: tl.constexpr, NUM_STAGES: tl.constexpr,
-    DOT_DTYPE: tl.constexpr,
+    IS_INT8: tl.constexpr, DOT_DTYPE: tl.constexpr,
 ):  # fmt: skip
     """GROUP query heads share a KV head: they are the rows of one tensor core tile, padded to GROUP_TILE."""
+    PLANES: tl.constexpr = 2 if IS_INT8 else 1
+    WIDTH: tl.constexpr = HEAD_SIZE // PLANES
     index, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     sequence = first_sequence + index
     length = tl.load(sequence_length_ptr + sequence)
@@ -109,38 +129,62 @@ def _decode_grouped_heads(
     dims = tl.arange(0, DIM_TILE)
     members = tl.arange(0, GROUP_TILE)
     heads = kv_head * GROUP + members
-    row_mask = (members < GROUP)[:, None] & (dims < HEAD_SIZE)[None, :]
+    row_mask = (members < GROUP)[:, None] & (dims < WIDTH)[None, :]
     query_rows = ((first_token + index).to(tl.int64) * NUM_HEADS + heads) * HEAD_SIZE
-    q = tl.load(q_ptr + query_rows[:, None] + dims[None, :], mask=row_mask, other=0.0).to(DOT_DTYPE)
+    q, results = (), ()
+    for plane in tl.static_range(PLANES):
+        q_ptrs = q_ptr + query_rows[:, None] + (dims * PLANES + plane)[None, :]
+        q += (tl.load(q_ptrs, mask=row_mask, other=0.0).to(DOT_DTYPE),)
+        results += (tl.zeros([GROUP_TILE, DIM_TILE], tl.float32),)
     table_ptr = block_tables_ptr + sequence.to(tl.int64) * table_stride
     keys_ptr = pool_ptr + kv_head.to(tl.int64) * head_stride
+    if IS_INT8:
+        scales_ptr += kv_head.to(tl.int64) * (head_stride // WIDTH)
     top = tl.full([GROUP_TILE], _LOWEST, tl.float32)
     total = tl.zeros([GROUP_TILE], tl.float32)
-    result = tl.zeros([GROUP_TILE, DIM_TILE], tl.float32)
     for first in tl.range(start, stop, TILE_TOKENS, num_stages=NUM_STAGES):
         positions = first + tl.arange(0, TILE_TOKENS)
         cached = positions < stop
         offsets = token_offsets(table_ptr, positions, cached, block_stride, token_stride, TOKENS_PER_BLOCK)
         pointers = keys_ptr + offsets[:, None] + dims[None, :]
-        mask = cached[:, None] & (dims < HEAD_SIZE)[None, :]
-        keys = tl.load(pointers, mask=mask, other=0.0).to(DOT_DTYPE)
-        values = tl.load(pointers + value_stride, mask=mask, other=0.0).to(DOT_DTYPE)
-        score = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
+        mask = cached[:, None] & (dims < WIDTH)[None, :]
+        keys = tl.load(pointers, mask=mask, other=0)
+        values = tl.load(pointers + value_stride, mask=mask, other=0)
+        score = tl.zeros([GROUP_TILE, TILE_TOKENS], tl.float32)
+        for plane in tl.static_range(PLANES):
+            key_plane = dot_operand(keys, plane, IS_INT8, DOT_DTYPE)
+            score = tl.dot(q[plane], tl.trans(key_plane), score, input_precision="ieee")
+        score *= scale
+        if IS_INT8:
+            key_scale, value_scale = load_scales(scales_ptr, offsets, cached, value_stride, WIDTH)
+            score *= key_scale[None, :]
         score = tl.where(cached[None, :], score, float("-inf"))
         new_top = tl.maximum(top, tl.max(score, axis=1))
         decay, weight = tl.exp2(top - new_top), tl.exp2(score - new_top[:, None])
         total = total * decay + tl.sum(weight, axis=1)
-        result = result * decay[:, None]
-        result = tl.dot(weight.to(DOT_DTYPE), values, result, input_precision="ieee")
+        if IS_INT8:
+            weight *= (value_scale * VALUE_SCALE_LIFT)[None, :]
+        added = ()
+        for plane in tl.static_range(PLANES):
+            value_plane = dot_operand(values, plane, IS_INT8, DOT_DTYPE)
+            decayed = results[plane] * decay[:, None]
+            added += (tl.dot(weight.to(DOT_DTYPE), value_plane, decayed, input_precision="ieee"),)
+        results = added
         top = new_top
 
-    rows = result / total[:, None]
-    if IS_ONLY_SPLIT:
-        tl.store(out_ptr + query_rows[:, None] + dims[None, :], rows, mask=row_mask)
-    else:
-        partial_rows = (index.to(tl.int64) * NUM_HEADS + heads) * num_splits + split
-        tl.store(partial_ptr + partial_rows[:, None] * HEAD_SIZE + dims[None, :], rows, mask=row_mask)
-        tl.store(lse_ptr + partial_rows, top + tl.log2(total), mask=members < GROUP)
+    for plane in tl.static_range(PLANES):
+        rows = results[plane] / total[:, None]
+        if IS_INT8:
+            rows *= 1.0 / VALUE_SCALE_LIFT
+        columns = (dims * PLANES + plane)[None, :]
+        if IS_ONLY_SPLIT:
+            tl.store(out_ptr + query_rows[:, None] + columns, rows, mask=row_mask)
+        else:
+            partial_rows = (index.to(tl.int64) * NUM_HEADS + heads) * num_splits + split
+            tl.store(partial_ptr + partial_rows[:, None] * HEAD_SIZE + columns, rows, mask=row_mask)
+    if not IS_ONLY_SPLIT:
+        lse_rows = (index.to(tl.int64) * NUM_HEADS + heads) * num_splits + split
+        tl.store(lse_ptr + lse_rows, top + tl.log2(total), mask=members < GROUP)
 
 
 @triton.jit(
@@ -180,6 +224,7 @@ def decode_attention(
     past_key_value: torch.Tensor,
     sequence_length: torch.Tensor,
     block_tables: torch.Tensor,
+    key_value_scales: torch.Tensor | None,
     out: torch.Tensor,
     *,
     step: StepShape,
@@ -195,33 +240,42 @@ def decode_attention(
     split_tokens = 256 if group == 1 else 128
     num_splits = triton.cdiv(step.max_sequence_length, split_tokens)
     is_only_split = num_splits == 1
+    is_int8 = key_value_scales is not None
     if is_only_split:
         partial = lse = out  # never read or written
     else:
         partial = torch.empty((decodes, num_heads, num_splits, head_size), dtype=torch.float32, device=q.device)
         lse = torch.empty((decodes, num_heads, num_splits), dtype=torch.float32, device=q.device)
-    sizes = dict(NUM_HEADS=num_heads, HEAD_SIZE=head_size, DIM_TILE=padded_head_size(head_size))
+    pool = past_key_value if group == 1 else dot_words(past_key_value)
     arguments = (
-        q, past_key_value, block_tables, sequence_length, out, partial, lse,
-        step.num_contexts, step.num_context_tokens, num_splits, block_tables.stride(0), *pool_strides(past_key_value),
+        q, pool, key_value_scales, block_tables, sequence_length, out, partial, lse,
+        step.num_contexts, step.num_context_tokens, num_splits, block_tables.stride(0), *pool_strides(pool),
         math.log2(math.e) / (q_scaling * math.sqrt(head_size)),
     )  # fmt: skip
-    tiling = dict(TOKENS_PER_BLOCK=past_key_value.shape[3], SPLIT_TOKENS=split_tokens, IS_ONLY_SPLIT=is_only_split)
+    sizes = dict(
+        NUM_HEADS=num_heads, HEAD_SIZE=head_size, DIM_TILE=padded_width(pool.shape[4]), IS_INT8=is_int8,
+        TOKENS_PER_BLOCK=past_key_value.shape[3], SPLIT_TOKENS=split_tokens, IS_ONLY_SPLIT=is_only_split,
+    )  # fmt: skip
     grid = (decodes, num_kv_heads, num_splits)
     if group == 1:
         # K and V tiles of 8 KB each in float16, two of them in flight per program; at 96 registers five programs
         # share an SM, so 80 KB and more are under way, where 3 TB/s at 0.8 us of latency need 18 KB an SM.
-        _decode_one_head[grid](*arguments, **sizes, **tiling, TILE_TOKENS=32, NUM_STAGES=3, num_warps=4)
+        _decode_one_head[grid](*arguments, **sizes, TILE_TOKENS=32, NUM_STAGES=3, num_warps=4)
     else:
-        # Float32 products run without tensor cores and need smaller tiles to stay within the registers.
-        is_exact = past_key_value.dtype == torch.float32
+        if q.dtype == torch.float32:
+            # Products run without tensor cores and need smaller tiles to stay within the registers; integers, which
+            # become float32 on the way, leave none for loads under way.
+            tile_tokens, num_stages, num_warps = 32, 1 if is_int8 else 2, 8
+        else:
+            # Turning integers into a dot's operands takes registers: at four warps 255 a lane, at eight 116.
+            tile_tokens, num_stages, num_warps = 64, 3, 8 if is_int8 else 4
         _decode_grouped_heads[grid](
-            *arguments, **sizes, **tiling, GROUP=group, GROUP_TILE=max(16, triton.next_power_of_2(group)),
-            TILE_TOKENS=32 if is_exact else 64, NUM_STAGES=2 if is_exact else 3, num_warps=8 if is_exact else 4,
-            DOT_DTYPE=dot_dtype(past_key_value.dtype),
+            *arguments, **sizes, GROUP=group, GROUP_TILE=max(16, triton.next_power_of_2(group)),
+            TILE_TOKENS=tile_tokens, NUM_STAGES=num_stages, DOT_DTYPE=dot_dtype(q.dtype), num_warps=num_warps,
         )  # fmt: skip
     if not is_only_split:
         _combine_splits[(decodes, num_heads)](
             partial, lse, sequence_length, out, step.num_contexts, step.num_context_tokens, num_splits,
-            **sizes, SPLIT_TOKENS=split_tokens, CHUNK=16, num_warps=4,
+            NUM_HEADS=num_heads, HEAD_SIZE=head_size, DIM_TILE=padded_width(head_size), SPLIT_TOKENS=split_tokens,
+            CHUNK=16, num_warps=4,
         )  # fmt: skip

@@ -6,7 +6,8 @@
     q                  times max(1, ln(position + 1) / ln(logn_length)) as well
 
 qkv is [tokens, (num_heads + 2 num_kv_heads) head_size], q first, then k, then v. The rotated q comes back as
-[tokens, num_heads, head_size] in qkv's dtype; k and v go to the pool at their position (kv_pool.py has its layout).
+[tokens, num_heads, head_size] in qkv's dtype; k and v go to the pool at their position (kv_pool.py has its layout),
+into an int8 pool as integers that are made from the float32 values, and a scale.
 
 Alpha is found by comparing integers, as a rounded logarithm is a step off at its powers of two. The angle is
 reduced to one turn in float64: in float32 a position of 32768 times a frequency is already off by 2e-3. It costs a
@@ -23,7 +24,8 @@ import triton
 import triton.language as tl
 
 from ..step import StepShape
-from .kv_pool import padded_head_size, pool_strides, token_offsets
+from .int8_rows import quantize_rows
+from .kv_pool import padded_width, pool_strides, token_offsets
 
 
 @triton.jit
@@ -64,11 +66,11 @@ def _cos_sin(turns):
     ],
 )  # fmt: skip
 def _rope_kv(
-    qkv_ptr, q_ptr, pool_ptr, position_ids_ptr, query_starts_ptr, context_lengths_ptr, block_tables_ptr,
+    qkv_ptr, q_ptr, pool_ptr, scales_ptr, position_ids_ptr, query_starts_ptr, context_lengths_ptr, block_tables_ptr,
     batch_size, table_stride, block_stride, value_stride, head_stride, token_stride,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, TOKENS_PER_BLOCK: tl.constexpr,
     ROTARY_DIM: tl.constexpr, LOG2_BASE: tl.constexpr, NTK_LENGTH: tl.constexpr, LOGN_LENGTH: tl.constexpr,
-    ONE_TOKEN_EACH: tl.constexpr, HEAD_TILE: tl.constexpr, DIM_TILE: tl.constexpr,
+    ONE_TOKEN_EACH: tl.constexpr, IS_INT8: tl.constexpr, HEAD_TILE: tl.constexpr, DIM_TILE: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0)
     heads = tl.program_id(1) * HEAD_TILE + tl.arange(0, HEAD_TILE)
@@ -112,6 +114,10 @@ def _rope_kv(
     slot = token_offsets(table_ptr, position, position >= 0, block_stride, token_stride, TOKENS_PER_BLOCK)
     kv_head = tl.where(is_value, heads - NUM_HEADS - NUM_KV_HEADS, heads - NUM_HEADS)
     pool_row = slot + tl.where(is_value, value_stride, 0) + kv_head.to(tl.int64) * head_stride
+    if IS_INT8:
+        result, scale = quantize_rows(tl.where(is_value[:, None], x.to(tl.float32), rotated))
+        is_new = (heads < NUM_HEADS + 2 * NUM_KV_HEADS) & (is_query == 0)
+        tl.store(scales_ptr + pool_row[:, None] // HEAD_SIZE, scale, mask=is_new[:, None])
     tl.store(pool_ptr + pool_row[:, None] + dims[None, :], result, mask=mask & (is_query == 0)[:, None])
 
 
@@ -122,6 +128,7 @@ def rope_kv(
     query_starts: torch.Tensor,
     context_lengths: torch.Tensor,
     block_tables: torch.Tensor,
+    key_value_scales: torch.Tensor | None,
     *,
     step: StepShape,
     num_heads: int,
@@ -143,11 +150,11 @@ def rope_kv(
     grid = (tokens, triton.cdiv(num_heads + 2 * num_kv_heads, head_tile))
     block_stride, value_stride, head_stride, token_stride = pool_strides(past_key_value)
     _rope_kv[grid](
-        qkv, q, past_key_value, position_ids, query_starts, context_lengths, block_tables,
+        qkv, q, past_key_value, key_value_scales, position_ids, query_starts, context_lengths, block_tables,
         step.batch_size, block_tables.stride(0), block_stride, value_stride, head_stride, token_stride,
         NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_SIZE=head_size, TOKENS_PER_BLOCK=past_key_value.shape[3],
         ROTARY_DIM=rotary_dim, LOG2_BASE=math.log2(rotary_base), NTK_LENGTH=ntk_length, LOGN_LENGTH=logn_length,
         ONE_TOKEN_EACH=step.max_query_length == 1 and tokens == step.batch_size,
-        HEAD_TILE=head_tile, DIM_TILE=padded_head_size(head_size), num_warps=4,
+        IS_INT8=key_value_scales is not None, HEAD_TILE=head_tile, DIM_TILE=padded_width(head_size), num_warps=4,
     )  # fmt: skip
     return q
