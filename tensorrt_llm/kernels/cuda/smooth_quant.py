@@ -1,0 +1,200 @@
+"""W8A8: activations to int8, and matmuls of int8 by int8 with exact int32 sums (SmoothQuant).
+
+    quantize_per_token(x, s)   q = round(x / s * 127 / amax), scale amax / 127, amax of each row of x / s
+    quantize_tensor(x, a, s)   q = round(x / s / a), cut to -127..127
+    smooth_quant_gemm          y[t, n] = sum_k x[t, k] w[n, k] * (x_scale[t] * w_scale[n]) + bias[n]
+    smooth_quant_gated_mlp     silu(x fc^T) * (x gate^T), each product as above
+
+x and weights are [rows, k] with k contiguous; x_scale is [tokens, 1] or [1]. Integers are summed without rounding, so
+a result depends on nothing but its row of x and of the weight; scales, bias and gate are float32, rounded once.
+"""
+
+# mypy: allow-untyped-defs
+# The arguments of a kernel are Triton's values, for which Python has no types.
+
+import torch
+import triton
+import triton.language as tl
+
+from ...dtype import torch_dtype
+from .epilogue import interleaved, store_outputs, tile_rows
+from .int8_rows import quantize_rows, round_to_int8
+
+
+@triton.jit
+def _quantize(
+    x_ptr, smoother_ptr, scale_ptr, q_ptr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, HAS_SMOOTHER: tl.constexpr, IS_STATIC: tl.constexpr,
+):  # fmt: skip
+    """One row. A static scale is read; otherwise the row's own is written."""
+    token = tl.program_id(0)
+    columns = tl.arange(0, BLOCK)[None, :]
+    mask = columns < WIDTH
+    row = token.to(tl.int64) * WIDTH + columns
+    x = tl.load(x_ptr + row, mask=mask, other=0.0).to(tl.float32)
+    if HAS_SMOOTHER:
+        x = tl.div_rn(x, tl.load(smoother_ptr + columns, mask=mask, other=1.0))
+    if IS_STATIC:
+        steps_per_unit = tl.div_rn(1.0, tl.load(scale_ptr))
+        q = round_to_int8(x * steps_per_unit)
+    else:
+        q, scale = quantize_rows(x)
+        tl.store(scale_ptr + token + tl.zeros([1, 1], tl.int32), scale)
+    tl.store(q_ptr + row, q, mask=mask)
+
+
+@triton.jit
+def _byte(words, INDEX: tl.constexpr):
+    """The signed byte INDEX of int32 words, in int32."""
+    return (words << (24 - 8 * INDEX)) >> 24
+
+
+@triton.jit
+def _scaled(sums, rows, token_ids, tokens, x_scale_ptr, x_scale_stride, weight_scale_ptr):
+    """int32 sums [TOKEN_TILE, ROW_TILE] to float32, times both scales."""
+    x_scale = tl.load(x_scale_ptr + token_ids * x_scale_stride, mask=token_ids < tokens, other=0.0)
+    weight_scale = tl.load(weight_scale_ptr + rows)
+    return sums.to(tl.float32) * (x_scale[:, None] * weight_scale[None, :])
+
+
+@triton.jit
+def _stream_rows(
+    x_ptr, x_scale_ptr, weight_ptr, weight_scale_ptr, bias_ptr, out_ptr, num_rows, words,
+    ROW_TILE: tl.constexpr, WORD_TILE: tl.constexpr, HAS_BIAS: tl.constexpr, IS_GATED: tl.constexpr,
+):  # fmt: skip
+    """One token: rows of the weight go by once, four int8 of one int32 word at a time."""
+    tile = tl.program_id(0)
+    rows = tile_rows(tile, num_rows, ROW_TILE)
+    lanes = tl.arange(0, WORD_TILE)
+    weight_ptrs = weight_ptr + (rows.to(tl.int64) * words)[:, None] + lanes[None, :]
+    sums = tl.zeros([ROW_TILE, WORD_TILE], tl.int32)
+    for first in range(0, words, WORD_TILE):
+        mask = lanes < words - first
+        weight = tl.load(weight_ptrs + first, mask=mask[None, :], other=0, eviction_policy="evict_first")
+        x = tl.load(x_ptr + first + lanes, mask=mask, other=0, eviction_policy="evict_last")
+        for index in tl.static_range(4):
+            sums += _byte(weight, index) * _byte(x, index)[None, :]
+    token_ids = tl.arange(0, 1)
+    y = _scaled(tl.sum(sums, axis=1)[None, :], rows, token_ids, 1, x_scale_ptr, 0, weight_scale_ptr)
+    store_outputs(y, tile, token_ids, 1, num_rows, bias_ptr, out_ptr, 1, ROW_TILE, HAS_BIAS, IS_GATED)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _multiply_tiles(
+    x_ptr, x_scale_ptr, weight_ptr, weight_scale_ptr, bias_ptr, out_ptr, tokens, num_rows, depth, x_scale_stride,
+    TOKEN_TILE: tl.constexpr, ROW_TILE: tl.constexpr, DEPTH_TILE: tl.constexpr, NUM_STAGES: tl.constexpr,
+    HAS_BIAS: tl.constexpr, IS_GATED: tl.constexpr,
+):  # fmt: skip
+    """More tokens: tensor cores. The weight is the left operand, as that side of a tile has at least 64 rows."""
+    tile = tl.program_id(1)
+    rows = tile_rows(tile, num_rows, ROW_TILE)
+    token_ids = tl.program_id(0) * TOKEN_TILE + tl.arange(0, TOKEN_TILE)
+    lanes = tl.arange(0, DEPTH_TILE)[None, :]
+    weight_ptrs = weight_ptr + (rows.to(tl.int64) * depth)[:, None] + lanes
+    x_ptrs = x_ptr + (token_ids.to(tl.int64) * depth)[:, None] + lanes
+    token_mask = (token_ids < tokens)[:, None]
+    sums = tl.zeros([ROW_TILE, TOKEN_TILE], tl.int32)
+    for first in tl.range(0, depth, DEPTH_TILE, num_stages=NUM_STAGES):
+        mask = lanes < depth - first
+        weight = tl.load(weight_ptrs + first, mask=mask, other=0)
+        x = tl.load(x_ptrs + first, mask=mask & token_mask, other=0)
+        sums = tl.dot(weight, tl.trans(x), sums, out_dtype=tl.int32)
+    y = _scaled(tl.trans(sums), rows, token_ids, tokens, x_scale_ptr, x_scale_stride, weight_scale_ptr)
+    store_outputs(y, tile, token_ids, tokens, num_rows, bias_ptr, out_ptr, TOKEN_TILE, ROW_TILE, HAS_BIAS, IS_GATED)
+
+
+def quantize_per_token(x: torch.Tensor, smoother: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 [T, k] and float32 [T, 1], equal to the reference's to the bit."""
+    scale = torch.empty((x.shape[0], 1), dtype=torch.float32, device=x.device)
+    return _launch_quantize(x, smoother, scale, is_static=False), scale
+
+
+def quantize_tensor(x: torch.Tensor, scale: torch.Tensor, smoother: torch.Tensor | None = None) -> torch.Tensor:
+    """int8 [T, k] with the scale float32 [1] that calibration gave."""
+    return _launch_quantize(x, smoother, scale, is_static=True)
+
+
+def _launch_quantize(
+    x: torch.Tensor, smoother: torch.Tensor | None, scale: torch.Tensor, *, is_static: bool
+) -> torch.Tensor:
+    tokens, width = x.shape
+    assert x.is_contiguous(), "quantize: rows must be contiguous"
+    q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    if tokens:
+        block = triton.next_power_of_2(width)
+        # As in norm.py: one row is one program, and its latency counts.
+        _quantize[(tokens,)](
+            x, smoother, scale, q, WIDTH=width, BLOCK=block, HAS_SMOOTHER=smoother is not None, IS_STATIC=is_static,
+            num_warps=min(max(block // 256, 1), 16),
+        )  # fmt: skip
+    return q
+
+
+def smooth_quant_gemm(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    dtype: str,
+) -> torch.Tensor:
+    """int8 x [T, k] times the transpose of int8 weight [n, k], scaled, in `dtype`."""
+    return _launch_matmul(x, x_scale, weight, weight_scale, bias, dtype, is_gated=False)
+
+
+def prepare_smooth_quant_gated_mlp(*weights: torch.Tensor, dtype: str) -> tuple[torch.Tensor, ...]:
+    """fc and gate row by row in one weight, and so their scales; an x_scale before them is a static one, and stays."""
+    *x_scale, fc, fc_scale, gate, gate_scale = weights
+    return (*x_scale, interleaved(fc, gate), interleaved(fc_scale, gate_scale))
+
+
+def smooth_quant_gated_mlp(
+    x: torch.Tensor, x_scale: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, *, dtype: str
+) -> torch.Tensor:
+    """silu(x fc^T) * (x gate^T) in `dtype`, with the weights of `prepare_smooth_quant_gated_mlp`."""
+    return _launch_matmul(x, x_scale, weight, weight_scale, None, dtype, is_gated=True)
+
+
+def _launch_matmul(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: str,
+    *,
+    is_gated: bool,
+) -> torch.Tensor:
+    tokens, depth = x.shape
+    num_rows = weight.shape[0]
+    assert x.is_contiguous() and weight.is_contiguous(), "smooth_quant: rows must be contiguous"
+    width = num_rows // 2 if is_gated else num_rows
+    out = torch.empty((tokens, width), dtype=torch_dtype(dtype), device=x.device)
+    if tokens == 0:
+        return out
+    flags = dict(HAS_BIAS=bias is not None, IS_GATED=is_gated)
+    if tokens == 1 and num_rows <= 8192 and depth % 4 == 0:
+        # Few rows make too few tiles to keep all SMs reading. Measured on an H200: 4096 rows of 11008 take 15.9 us this
+        # way and 18.3 us in tiles, 22016 of 4096 take 27.5 us and 24.6 us.
+        words = depth // 4
+        word_tile = min(512, max(triton.next_power_of_2(words), 128))
+        _stream_rows[(triton.cdiv(num_rows, 4),)](
+            x.view(torch.int32), x_scale, weight.view(torch.int32), weight_scale, bias, out, num_rows, words,
+            ROW_TILE=4, WORD_TILE=word_tile, **flags, num_warps=word_tile // 128,
+        )  # fmt: skip
+        return out
+    if tokens > 64 and triton.cdiv(tokens, 128) * triton.cdiv(num_rows, 128) >= 128:
+        # Three stages let two programs share an SM: 1.4 times as fast as four at 2048 tokens (H200).
+        token_tile, row_tile, depth_tile, num_stages, num_warps = 128, 128, 128, 3, 8
+    else:
+        token_tile, row_tile, num_stages, num_warps = min(max(16, triton.next_power_of_2(tokens)), 64), 64, 4, 4
+        # Bound by memory: with fewer tiles than SMs each must have more under way.
+        depth_tile = 128 if triton.cdiv(num_rows, row_tile) >= 128 else 256
+    # Token tiles come first in the grid, so programs that run together share rows of the weight.
+    _multiply_tiles[(triton.cdiv(tokens, token_tile), triton.cdiv(num_rows, row_tile))](
+        x, x_scale, weight, weight_scale, bias, out, tokens, num_rows, depth, 1 if x_scale.ndim == 2 else 0,
+        TOKEN_TILE=token_tile, ROW_TILE=row_tile, DEPTH_TILE=depth_tile, NUM_STAGES=num_stages, **flags,
+        num_warps=num_warps,
+    )  # fmt: skip
+    return out

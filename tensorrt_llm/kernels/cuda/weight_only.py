@@ -1,0 +1,444 @@
+"""Matmuls with a weight of 8 or 4 bits: x W^T + bias, and silu(x F^T) * (x G^T).
+
+    W[n, k] = (q[n, k] - zero[n, k // group]) * scale[n, k // group]       one group of a whole row is "per channel"
+
+Layout, made by `prepare_*`: int16 words [n, blocks * PLANE] of PLANES = 16 / bits integers q + 2^(bits - 1), where
+
+    word c of block b holds in bits j * bits and up the integer of k = (b * PLANES + j) * PLANE + c
+
+so lanes that take neighbouring words find neighbouring x for each of the PLANES planes, and an unpacked plane keeps the
+shape of the words. A plane lies in one group: PLANE is 64, or less where groups need it. k is padded to whole blocks.
+Scales and zeros are [groups, n]. Rows of fc and gate take turns (epilogue.py).
+
+Three ways to multiply, by the number of tokens: rows of weight streamed through float32 FMAs; tensor cores on the
+integers, which float16 and bfloat16 both hold exactly, with the scale put on the float32 sum of a group; and, where the
+weight is read often enough to pay, cuBLAS on a weight widened in memory. Only that third one rounds the weight, to x's
+dtype: to 11 bits in float16, 8 in bfloat16, as x itself was rounded when it came to be.
+A row of x has the same bits in any batch that is multiplied the same way.
+"""
+
+# mypy: allow-untyped-defs
+# The arguments of a kernel are Triton's values, for which Python has no types.
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from ...dtype import dtype_name, torch_dtype
+from ...quantization.quantize import integers_of
+from ..quantized_reference import split_optional
+from .epilogue import interleaved, store_outputs, tile_rows
+from .integer_planes import integer_plane
+from .kv_pool import dot_dtype
+from .linear import matmul
+
+# As bits: 2^23 as a float32, whose last bit is worth one. An integer below 2^23 in its place is that float plus it.
+# The kernel takes it as an argument: an instruction has room for one constant, and the mask is one already.
+_TWO_TO_23 = 0x4B000000
+
+
+@triton.jit
+def _integer(words, zero, two_to_23, INDEX: tl.constexpr, BITS: tl.constexpr):
+    """Integer INDEX of int32 words, less zero, in float32 and exact: and, or and one FMA, no conversion.
+
+    As in integer_planes.py, but of 32 bits: it stays where it lies in its half of the word.
+    """
+    SHIFT: tl.constexpr = INDEX * BITS % 16
+    half = words if INDEX * BITS < 16 else words >> 16
+    bits = (half & ((1 << BITS) - 1 << SHIFT)) | two_to_23
+    return bits.to(tl.float32, bitcast=True) * (2.0**-SHIFT) - (zero + (2.0 ** (23 - SHIFT) + 2 ** (BITS - 1)))
+
+
+@triton.jit
+def _load_pairs(x_ptr, offsets, mask, DTYPE: tl.constexpr):
+    """x[2 * offsets] and x[2 * offsets + 1] in float32; x_ptr is int32 where x has 16 bits, two to a word."""
+    if DTYPE == tl.float32:
+        even = tl.load(x_ptr + 2 * offsets, mask=mask, other=0.0)
+        odd = tl.load(x_ptr + 2 * offsets + 1, mask=mask, other=0.0)
+    else:
+        pairs = tl.load(x_ptr + offsets, mask=mask, other=0, eviction_policy="evict_last")
+        if DTYPE == tl.bfloat16:
+            even = (pairs << 16).to(tl.float32, bitcast=True)
+            odd = (pairs & -65536).to(tl.float32, bitcast=True)
+        else:
+            even = pairs.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+            odd = (pairs >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    return even, odd
+
+
+@triton.jit(do_not_specialize=["two_to_23"])
+def _stream_rows(
+    x_ptr, words_ptr, scale_ptr, zero_ptr, bias_ptr, out_ptr, num_rows, depth, num_blocks, num_groups, two_to_23,
+    ROW_TILE: tl.constexpr, BLOCK_TILE: tl.constexpr, X_DTYPE: tl.constexpr,
+    BITS: tl.constexpr, PLANE: tl.constexpr, PLANES_PER_SCALE: tl.constexpr, PLANES_PER_GROUP: tl.constexpr,
+    HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, IS_GATED: tl.constexpr,
+):  # fmt: skip
+    """One token: every lane takes eight words of each row, two in an int32, and keeps four sums for each row.
+
+    Tiles are [blocks, rows, pairs of words]: that order of dims is the one in which Triton deals them out to lanes
+    alike for all operands. Nothing then moves between lanes before the last sums.
+    """
+    PLANES: tl.constexpr = 16 // BITS
+    PAIRS: tl.constexpr = PLANE // 2
+    tile = tl.program_id(0)
+    rows = tile_rows(tile, num_rows, ROW_TILE)
+    lanes = tl.arange(0, PAIRS)[None, None, :]
+    word_rows_ptr = words_ptr + (rows.to(tl.int64) * (num_blocks * PAIRS))[None, :, None] + lanes
+    sums = tl.zeros([BLOCK_TILE, ROW_TILE, PAIRS], tl.float32)
+    for first in range(0, num_blocks, BLOCK_TILE):
+        blocks = (first + tl.arange(0, BLOCK_TILE))[:, None, None]
+        words = tl.load(
+            word_rows_ptr + blocks * PAIRS, mask=blocks < num_blocks, other=0, eviction_policy="evict_first"
+        )
+        for part in tl.static_range(PLANES // PLANES_PER_SCALE):
+            group = blocks * 0
+            if PLANES_PER_GROUP > 0:
+                group = (blocks * PLANES + part * PLANES_PER_SCALE) // PLANES_PER_GROUP
+            group_offsets = group * num_rows + rows[None, :, None]
+            group_mask = group < num_groups
+            zero = 0.0
+            if HAS_ZERO:
+                zero = tl.load(zero_ptr + group_offsets, mask=group_mask, other=0).to(tl.float32)
+            group_sums = tl.zeros([BLOCK_TILE, ROW_TILE, PAIRS], tl.float32)
+            for plane in tl.static_range(part * PLANES_PER_SCALE, (part + 1) * PLANES_PER_SCALE):
+                pairs = (blocks * PLANES + plane) * PAIRS + lanes
+                even, odd = _load_pairs(x_ptr, pairs, pairs < depth // 2, X_DTYPE)
+                group_sums += _integer(words, zero, two_to_23, plane, BITS) * even
+                group_sums += _integer(words, zero, two_to_23, PLANES + plane, BITS) * odd
+            sums += group_sums * tl.load(scale_ptr + group_offsets, mask=group_mask, other=0.0).to(tl.float32)
+    y = tl.sum(tl.sum(sums, axis=2), axis=0)[None, :]
+    store_outputs(y, tile, tl.arange(0, 1), 1, num_rows, bias_ptr, out_ptr, 1, ROW_TILE, HAS_BIAS, IS_GATED)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _multiply_tiles(
+    x_ptr, words_ptr, scale_ptr, zero_ptr, bias_ptr, out_ptr, partial_ptr,
+    tokens, num_rows, depth, num_blocks, num_groups, blocks_per_split,
+    TOKEN_TILE: tl.constexpr, ROW_TILE: tl.constexpr, NUM_STAGES: tl.constexpr, DOT_DTYPE: tl.constexpr,
+    BITS: tl.constexpr, PLANE: tl.constexpr, PLANES_PER_SCALE: tl.constexpr, PLANES_PER_GROUP: tl.constexpr,
+    HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, IS_GATED: tl.constexpr,
+    IS_WHOLE: tl.constexpr, IS_SPLIT: tl.constexpr,
+):  # fmt: skip
+    """More tokens: tensor cores, a block at a time and a dot for each of its planes.
+
+    The weight is the left operand: tensor cores take that one from the registers in which it is unpacked, and its side
+    of a tile has at least 64 rows. IS_WHOLE says that depth is a number of whole blocks; with IS_SPLIT the blocks of a
+    row are divided among programs, whose float32 sums wait for `_add_splits`.
+    """
+    PLANES: tl.constexpr = 16 // BITS
+    tile, split = tl.program_id(1), tl.program_id(2)
+    rows = tile_rows(tile, num_rows, ROW_TILE)
+    token_ids = tl.program_id(0) * TOKEN_TILE + tl.arange(0, TOKEN_TILE)
+    lanes = tl.arange(0, PLANE)
+    word_ptrs = words_ptr + (rows.to(tl.int64) * (num_blocks * PLANE))[:, None] + lanes[None, :]
+    x_rows_ptr = x_ptr + (token_ids.to(tl.int64) * depth)[:, None]
+    token_mask = (token_ids < tokens)[:, None]
+    sums = tl.zeros([ROW_TILE, TOKEN_TILE], tl.float32)
+    first_block = split * blocks_per_split
+    for block in tl.range(first_block, tl.minimum(first_block + blocks_per_split, num_blocks), num_stages=NUM_STAGES):
+        words = tl.load(word_ptrs + block * PLANE)
+        for part in tl.static_range(PLANES // PLANES_PER_SCALE):
+            group = 0
+            group_sums = sums
+            if PLANES_PER_GROUP > 0:
+                # The last block may reach beyond the last group, where x is zero and any scale will do.
+                group = tl.minimum((block * PLANES + part * PLANES_PER_SCALE) // PLANES_PER_GROUP, num_groups - 1)
+                group_sums = tl.zeros([ROW_TILE, TOKEN_TILE], tl.float32)
+            for member in tl.static_range(PLANES_PER_SCALE):
+                k = (block * PLANES + part * PLANES_PER_SCALE + member) * PLANE + lanes
+                if IS_WHOLE:
+                    x = tl.load(x_rows_ptr + k[None, :], mask=token_mask)
+                else:
+                    x = tl.load(x_rows_ptr + k[None, :], mask=token_mask & (k < depth)[None, :], other=0.0)
+                q = integer_plane(words, part * PLANES_PER_SCALE + member, BITS, DOT_DTYPE)
+                if HAS_ZERO:
+                    zero = tl.load(zero_ptr + group * num_rows + rows).to(tl.float32)
+                    q -= zero.to(DOT_DTYPE)[:, None]
+                group_sums = tl.dot(q, tl.trans(x.to(DOT_DTYPE)), group_sums)
+            if PLANES_PER_GROUP > 0:
+                sums += group_sums * tl.load(scale_ptr + group * num_rows + rows).to(tl.float32)[:, None]
+            else:
+                sums = group_sums
+    if PLANES_PER_GROUP == 0:
+        sums *= tl.load(scale_ptr + rows).to(tl.float32)[:, None]
+    if IS_SPLIT:
+        partial_rows = split.to(tl.int64) * tokens + token_ids
+        columns = tile * ROW_TILE + tl.arange(0, ROW_TILE)
+        partial_ptrs = partial_ptr + (partial_rows * num_rows)[:, None] + columns[None, :]
+        tl.store(partial_ptrs, tl.trans(sums), mask=token_mask & (columns < num_rows)[None, :])
+    else:
+        store_outputs(
+            tl.trans(sums), tile, token_ids, tokens, num_rows, bias_ptr, out_ptr,
+            TOKEN_TILE, ROW_TILE, HAS_BIAS, IS_GATED,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _add_splits(
+    partial_ptr, bias_ptr, out_ptr, tokens, num_rows, num_splits,
+    ROW_TILE: tl.constexpr, HAS_BIAS: tl.constexpr, IS_GATED: tl.constexpr,
+):  # fmt: skip
+    """Sums over partial [splits, tokens, rows] in order, then the end of a matmul."""
+    tile = tl.program_id(0)
+    token_ids = tl.program_id(1) + tl.arange(0, 1)
+    columns = tile * ROW_TILE + tl.arange(0, ROW_TILE)[None, :]
+    sums = tl.zeros([1, ROW_TILE], tl.float32)
+    for split in range(num_splits):
+        offsets = ((split * tokens).to(tl.int64) + token_ids[:, None]) * num_rows + columns
+        sums += tl.load(partial_ptr + offsets, mask=columns < num_rows, other=0.0).to(tl.float32)
+    store_outputs(sums, tile, token_ids, tokens, num_rows, bias_ptr, out_ptr, 1, ROW_TILE, HAS_BIAS, IS_GATED)
+
+
+@triton.jit
+def _widen(
+    words_ptr, scale_ptr, zero_ptr, dense_ptr, first_row, num_dense_rows, num_rows, depth, num_blocks, num_groups,
+    ROW_TILE: tl.constexpr, BITS: tl.constexpr, PLANE: tl.constexpr, PLANES_PER_GROUP: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
+):  # fmt: skip
+    """A block of ROW_TILE rows, counted from first_row, to the dense weight [num_dense_rows, depth]."""
+    PLANES: tl.constexpr = 16 // BITS
+    block = tl.program_id(0)
+    dense_rows = tl.program_id(1) * ROW_TILE + tl.arange(0, ROW_TILE)
+    row_mask = dense_rows < num_dense_rows
+    rows = first_row + dense_rows
+    lanes = tl.arange(0, PLANE)
+    word_ptrs = words_ptr + (rows.to(tl.int64) * (num_blocks * PLANE))[:, None] + (block * PLANE + lanes)[None, :]
+    words = tl.load(word_ptrs, mask=row_mask[:, None], other=0)
+    for plane in tl.static_range(PLANES):
+        group = 0
+        if PLANES_PER_GROUP > 0:
+            group = tl.minimum((block * PLANES + plane) // PLANES_PER_GROUP, num_groups - 1)
+        q = integer_plane(words, plane, BITS, tl.float32)
+        if HAS_ZERO:
+            q -= tl.load(zero_ptr + group * num_rows + rows, mask=row_mask, other=0).to(tl.float32)[:, None]
+        scale = tl.load(scale_ptr + group * num_rows + rows, mask=row_mask, other=0.0).to(tl.float32)
+        k = (block * PLANES + plane) * PLANE + lanes
+        dense_ptrs = dense_ptr + (dense_rows.to(tl.int64) * depth)[:, None] + k[None, :]
+        tl.store(dense_ptrs, q * scale[:, None], mask=row_mask[:, None] & (k < depth)[None, :])
+
+
+def prepare_weight_only_quant_matmul(
+    weight: torch.Tensor, scale: torch.Tensor, *zero_and_bias: torch.Tensor, bits: int, has_zero: bool, dtype: str
+) -> tuple[torch.Tensor | None, ...]:
+    """Words, scale (in float16 where that holds all of them exactly), zero and bias."""
+    zero, bias = split_optional(zero_and_bias, has_zero)
+    if zero is not None and zero.abs().max() > 256:
+        raise ValueError("weight-only matmul: zero points beyond 256, which bfloat16 does not hold exactly")
+    words = _pack(weight, scale.shape[1], bits)
+    half = scale.half()
+    scale = half if torch.equal(half.float(), scale) else scale
+    return words, scale.T.contiguous(), None if zero is None else zero.T.contiguous(), bias
+
+
+def prepare_weight_only_gated_mlp(
+    *weights: torch.Tensor, bits: int, has_zero: bool, dtype: str
+) -> tuple[torch.Tensor | None, ...]:
+    """Words, scale and zero of fc and gate, row by row in one weight."""
+    half = len(weights) // 2
+    both = (interleaved(*pair) for pair in zip(weights[:half], weights[half:], strict=True))
+    return prepare_weight_only_quant_matmul(*both, bits=bits, has_zero=has_zero, dtype=dtype)[:3]
+
+
+def _pack(weight: torch.Tensor, num_groups: int, bits: int) -> torch.Tensor:
+    """int16 [n, blocks * PLANE] of a stored weight, in the layout at the top of this file."""
+    integers = integers_of(weight, bits)
+    rows, depth = integers.shape
+    if num_groups > 1 and depth // num_groups % 16:
+        raise ValueError(
+            f"weight-only matmul: groups of {depth // num_groups} columns; the CUDA kernels take multiples of 16, "
+            f"or one group for a whole row"
+        )
+    plane, planes = _plane_size(depth, num_groups), 16 // bits
+    unsigned = (integers ^ -128 if bits == 8 else integers + 8).view(torch.uint8)
+    by_plane = F.pad(unsigned, (0, -depth % (planes * plane))).view(rows, -1, planes, plane)
+    octets = by_plane if bits == 8 else by_plane[:, :, 0::2] | by_plane[:, :, 1::2] << 4
+    # [rows, blocks, 2, plane] -> [rows, blocks, plane, 2], two bytes a word
+    return octets.transpose(2, 3).contiguous().view(torch.int16).view(rows, -1)
+
+
+def _plane_size(depth: int, num_groups: int) -> int:
+    """PLANE: 64 integers, or the largest of 32 and 16 that divides a group."""
+    return 64 if num_groups == 1 else math.gcd(64, depth // num_groups)
+
+
+def weight_only_quant_matmul(
+    x: torch.Tensor,
+    words: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    *,
+    bits: int,
+    has_zero: bool,
+    dtype: str,
+) -> torch.Tensor:
+    """x [T, k] times the weight of `prepare_weight_only_quant_matmul`, plus bias, in `dtype`."""
+    return _multiply(x, _Weight(words, scale, zero, bits, x.shape[1]), bias, dtype, is_gated=False)
+
+
+def weight_only_gated_mlp(
+    x: torch.Tensor,
+    words: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    *,
+    bits: int,
+    has_zero: bool,
+    dtype: str,
+) -> torch.Tensor:
+    """silu(x fc^T) * (x gate^T) in `dtype`, with the weight of `prepare_weight_only_gated_mlp`."""
+    return _multiply(x, _Weight(words, scale, zero, bits, x.shape[1]), None, dtype, is_gated=True)
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """A prepared weight and what its layout means for the kernels."""
+
+    words: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor | None
+    bits: int
+    depth: int
+
+    @property
+    def num_rows(self) -> int:
+        return self.scale.shape[1]
+
+    @property
+    def num_groups(self) -> int:
+        return self.scale.shape[0]
+
+    @property
+    def plane(self) -> int:
+        return _plane_size(self.depth, self.num_groups)
+
+    @property
+    def num_blocks(self) -> int:
+        return self.words.shape[1] // self.plane
+
+    @property
+    def planes_per_group(self) -> int:
+        return self.depth // self.num_groups // self.plane if self.num_groups > 1 else 0
+
+    @property
+    def layout(self) -> dict[str, int]:
+        return dict(
+            BITS=self.bits, PLANE=self.plane, PLANES_PER_GROUP=self.planes_per_group, HAS_ZERO=self.zero is not None
+        )
+
+
+def _multiply(
+    x: torch.Tensor, weight: _Weight, bias: torch.Tensor | None, dtype: str, *, is_gated: bool
+) -> torch.Tensor:
+    """Choose one of the three ways, by times on an H200 at the shapes of a 7B model (tools/gpu_check.py)."""
+    tokens = x.shape[0]
+    assert x.is_contiguous() and weight.words.is_contiguous(), "weight-only matmul: rows must be contiguous"
+    if tokens == 1 and weight.depth % 2 == 0:
+        return _launch_stream(x, weight, bias, dtype, is_gated)
+    # Unpacking a weight for each 64 tokens costs what widening it once does at about 256. Float32 has no tensor cores:
+    # there cuBLAS is the best from the second token on.
+    if tokens > 256 or x.dtype == torch.float32:
+        return _multiply_widened(x, weight, bias, dtype, is_gated)
+    return _launch_tiles(x, weight, bias, dtype, is_gated)
+
+
+def _empty_output(tokens: int, weight: _Weight, dtype: str, is_gated: bool, device: torch.device) -> torch.Tensor:
+    width = weight.num_rows // 2 if is_gated else weight.num_rows
+    return torch.empty((tokens, width), dtype=torch_dtype(dtype), device=device)
+
+
+def _launch_stream(
+    x: torch.Tensor, weight: _Weight, bias: torch.Tensor | None, dtype: str, is_gated: bool
+) -> torch.Tensor:
+    out = _empty_output(1, weight, dtype, is_gated, x.device)
+    # 256 pairs of words are 16 bytes for each lane of two warps; with 4 rows 8 KB are under way in a program.
+    block_tile = min(512 // weight.plane, triton.next_power_of_2(weight.num_blocks))
+    x_dtype = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[x.dtype]
+    _stream_rows[(triton.cdiv(weight.num_rows, 4),)](
+        x if x.dtype == torch.float32 else x.view(torch.int32), weight.words.view(torch.int32), weight.scale,
+        weight.zero, bias, out, weight.num_rows, weight.depth, weight.num_blocks, weight.num_groups, _TWO_TO_23,
+        ROW_TILE=4, BLOCK_TILE=block_tile, X_DTYPE=x_dtype, PLANES_PER_SCALE=_planes_per_scale(weight),
+        **weight.layout, HAS_BIAS=bias is not None, IS_GATED=is_gated,
+        num_warps=max(1, block_tile * weight.plane // 256),
+    )  # fmt: skip
+    return out
+
+
+def _launch_tiles(
+    x: torch.Tensor, weight: _Weight, bias: torch.Tensor | None, dtype: str, is_gated: bool
+) -> torch.Tensor:
+    tokens, depth = x.shape
+    out = _empty_output(tokens, weight, dtype, is_gated, x.device)
+    if tokens == 0:
+        return out
+    token_tile, row_tile = min(max(16, triton.next_power_of_2(tokens)), 64), 64
+    # A dot waits for the one before it, so it takes about three programs an SM to keep it busy: where rows are too few
+    # for that, each is divided into pieces of four blocks or more.
+    tiles = triton.cdiv(tokens, token_tile) * triton.cdiv(weight.num_rows, row_tile)
+    num_splits = max(1, min(384 // tiles, weight.num_blocks // 4))
+    blocks_per_split = triton.cdiv(weight.num_blocks, num_splits)
+    num_splits = triton.cdiv(weight.num_blocks, blocks_per_split)
+    partial = out
+    if num_splits > 1:
+        partial = torch.empty((num_splits, tokens, weight.num_rows), dtype=torch.float32, device=x.device)
+    # Token tiles come first in the grid, so programs that run together share rows of the weight.
+    _multiply_tiles[(triton.cdiv(tokens, token_tile), triton.cdiv(weight.num_rows, row_tile), num_splits)](
+        x, weight.words, weight.scale, weight.zero, bias, out, partial,
+        tokens, weight.num_rows, depth, weight.num_blocks, weight.num_groups, blocks_per_split,
+        TOKEN_TILE=token_tile, ROW_TILE=row_tile, NUM_STAGES=4 if weight.bits == 8 and token_tile <= 32 else 3,
+        DOT_DTYPE=dot_dtype(x.dtype),
+        PLANES_PER_SCALE=_planes_per_scale(weight), **weight.layout, HAS_BIAS=bias is not None, IS_GATED=is_gated,
+        IS_WHOLE=depth % (16 // weight.bits * weight.plane) == 0, IS_SPLIT=num_splits > 1, num_warps=4,
+    )  # fmt: skip
+    if num_splits > 1:
+        _launch_add_splits(partial, bias, out, is_gated)
+    return out
+
+
+def _planes_per_scale(weight: _Weight) -> int:
+    """Planes of a block that share a scale; all, gcd(planes, 0), when a whole row does."""
+    return math.gcd(16 // weight.bits, weight.planes_per_group)
+
+
+def _launch_add_splits(partial: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, is_gated: bool) -> None:
+    num_splits, tokens, num_rows = partial.shape
+    row_tile = min(1024, max(2, triton.next_power_of_2(num_rows)))
+    _add_splits[(triton.cdiv(num_rows, row_tile), tokens)](
+        partial, bias, out, tokens, num_rows, num_splits, ROW_TILE=row_tile, HAS_BIAS=bias is not None,
+        IS_GATED=is_gated, num_warps=4,
+    )  # fmt: skip
+
+
+# A dense weight is made at most this many elements at a time: 256 MB of workspace in 16 bits, all of a 7B's layers.
+_DENSE_ELEMENTS = 1 << 27
+
+
+def _multiply_widened(
+    x: torch.Tensor, weight: _Weight, bias: torch.Tensor | None, dtype: str, is_gated: bool
+) -> torch.Tensor:
+    """x times the weight in x's dtype, through cuBLAS.
+
+    As in gated_mlp.py, the products of a gated MLP are rounded to x's dtype before its last kernel.
+    """
+    rows_at_once = min(weight.num_rows, max(1, _DENSE_ELEMENTS // weight.depth))
+    dense = torch.empty((rows_at_once, weight.depth), dtype=x.dtype, device=x.device)
+    product_dtype = dtype_name(x.dtype) if is_gated else dtype
+    pieces = []
+    for start in range(0, weight.num_rows, rows_at_once):
+        part = slice(start, min(start + rows_at_once, weight.num_rows))
+        rows = part.stop - part.start
+        _widen[(weight.num_blocks, triton.cdiv(rows, 32))](
+            weight.words, weight.scale, weight.zero, dense, start, rows, weight.num_rows, weight.depth,
+            weight.num_blocks, weight.num_groups, ROW_TILE=32, **weight.layout, num_warps=4,
+        )  # fmt: skip
+        pieces.append(matmul(x, dense[:rows], None if bias is None else bias[part].to(x.dtype), dtype=product_dtype))
+    product = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+    if not is_gated:
+        return product
+    out = _empty_output(x.shape[0], weight, dtype, is_gated, x.device)
+    _launch_add_splits(product[None], None, out, is_gated)
+    return out

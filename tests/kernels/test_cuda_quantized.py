@@ -1,0 +1,302 @@
+"""The launchers of quantized networks against the reference in float64: odd sizes, poisoned outputs, equal integers."""
+
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the CUDA kernels need triton")
+
+from tensorrt_llm.dtype import torch_dtype
+from tensorrt_llm.kernels import quantized_reference, reference
+from tensorrt_llm.kernels.cuda import (
+    cuda_kernels,
+    quantize_per_token,
+    quantize_tensor,
+    smooth_quant_gated_mlp,
+    smooth_quant_gemm,
+    weight_only,
+    weight_only_gated_mlp,
+    weight_only_quant_matmul,
+)
+from tensorrt_llm.kernels.cuda.weight_only import prepare_weight_only_gated_mlp, prepare_weight_only_quant_matmul
+from tensorrt_llm.quantization import QuantizedWeight, quantize_weight
+from tensorrt_llm.quantization.quantize import pack_int4
+
+DTYPES = ("float32", "float16", "bfloat16")
+# Triton's interpreter computes with numpy, which warns where a GPU just gives infinity or an integer of NaN.
+pytestmark = pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value", "ignore:overflow")
+
+
+def roundoff(dtype: str) -> float:
+    """The largest relative error of writing a real number as `dtype`; Triton's interpreter cuts bfloat16 off."""
+    is_cut = dtype == "bfloat16" and not torch.cuda.is_available()
+    return torch.finfo(torch_dtype(dtype)).eps / (1 if is_cut else 2)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch.empty returns is NaN or -128, so an element that a kernel forgets is seen."""
+    empty = torch.empty
+
+    def poisoned_empty(*args: Any, **kwargs: Any) -> torch.Tensor:
+        tensor = empty(*args, **kwargs)
+        return tensor.fill_(float("nan") if tensor.is_floating_point() else -128)
+
+    monkeypatch.setattr(torch, "empty", poisoned_empty)
+
+
+def integers(*shape: int, device: torch.device, bits: int = 8) -> torch.Tensor:
+    """Every integer of `bits` bits, -2^(bits - 1) too."""
+    return torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), shape, dtype=torch.int8, device=device)
+
+
+# Quantizing activations
+
+
+@pytest.mark.parametrize("has_smoother", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "width"), [(1, 1), (3, 100), (2, 1376)])
+def test_quantized_rows_equal_the_reference(
+    device: torch.device, tokens: int, width: int, dtype: str, has_smoother: bool
+) -> None:
+    x = (torch.randn(tokens, width, device=device) * 3).to(torch_dtype(dtype))
+    smoother = torch.rand(width, device=device) + 0.5 if has_smoother else None
+    static = torch.rand(1, device=device) / 50 + 0.005  # some values lie beyond 127 steps
+    got = *quantize_per_token(x, smoother), quantize_tensor(x, static, smoother)
+    # On the CPU: there torch divides by a number, where on a GPU it multiplies by its inverse.
+    x, static, smoother = (None if operand is None else operand.cpu() for operand in (x, static, smoother))
+    wanted = *reference.quantize_per_token(x, smoother), quantized_reference.quantize_tensor(x, static, smoother)
+    assert all(torch.equal(left.cpu(), right) for left, right in zip(got, wanted, strict=True))
+
+
+@pytest.mark.parametrize("largest", [127.0, 3.0, 0.7])
+def test_half_steps_are_rounded_as_the_reference_does(device: torch.device, largest: float) -> None:
+    """x * steps is a float32 on or beside a half step; rounding its exact value would give other integers."""
+    halves = (torch.arange(-126, 126) + 0.5) * (largest / 127)
+    x = torch.cat((torch.tensor([largest]), halves))[None]
+    assert torch.equal(quantize_per_token(x.to(device))[0].cpu(), reference.quantize_per_token(x)[0])
+
+
+def test_a_row_of_zeros_is_zeros_and_one_with_nan_shows_it(device: torch.device) -> None:
+    x = torch.zeros(2, 5, device=device)
+    x[1, 3] = float("nan")
+    q, scale = quantize_per_token(x)
+    assert q[0].tolist() == [0] * 5 and scale[0].item() == 0 and scale[1].isnan()
+
+
+# W8A8
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 5, 17, 33, 70])
+@pytest.mark.parametrize(("rows", "depth"), [(33, 260), (70, 515)])
+def test_integer_sums_are_exact(device: torch.device, tokens: int, rows: int, depth: int) -> None:
+    x, weight = integers(tokens, depth, device=device), integers(rows, depth, device=device)
+    ones = torch.ones(tokens, 1, device=device), torch.ones(rows, device=device)
+    got = smooth_quant_gemm(x, ones[0], weight, ones[1], dtype="float32")
+    # 515 products of up to 2^14 are below 2^24, so float32 holds the sums.
+    assert torch.equal(got, quantized_reference.integer_product(x, weight).float())
+
+
+def test_the_largest_integers_do_not_overflow(device: torch.device) -> None:
+    depth = 1 << 15
+    x, weight = (torch.full((rows, depth), -128, dtype=torch.int8, device=device) for rows in (5, 3))
+    one = torch.ones(1, device=device)
+    for tokens in (1, 5):
+        got = smooth_quant_gemm(x[:tokens], one, weight, one.expand(3).contiguous(), dtype="float32")
+        assert torch.equal(got, torch.full((tokens, 3), 128.0 * 128 * depth, device=device))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [3, 17])
+@pytest.mark.parametrize("per_token", [True, False])
+def test_smooth_quant_gemm_is_rounded_once(device: torch.device, tokens: int, dtype: str, per_token: bool) -> None:
+    rows, depth = 37, 136
+    x, weight = integers(tokens, depth, device=device), integers(rows, depth, device=device)
+    x_scale = torch.rand((tokens, 1) if per_token else (1,), device=device) / 64
+    weight_scale = torch.rand(rows, device=device) / 64
+    bias = torch.randn(rows, device=device).to(torch_dtype(dtype))
+    arguments = (x, x_scale, weight, weight_scale, bias)
+    wanted = quantized_reference.smooth_quant_gemm(*arguments, dtype="float32")
+    got = smooth_quant_gemm(*arguments, dtype=dtype)
+    assert got.dtype == torch_dtype(dtype)
+    # Two products and a sum in float32, where the sum may cancel digits of its terms; then one rounding.
+    tolerance = roundoff(dtype) + 4 * roundoff("float32")
+    torch.testing.assert_close(got.float(), wanted, rtol=tolerance, atol=1e-4 * tolerance + 64 * roundoff("float32"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [2, 18, 66])
+@pytest.mark.parametrize("per_token", [True, False])
+def test_smooth_quant_gated_mlp_is_rounded_once(device: torch.device, tokens: int, dtype: str, per_token: bool) -> None:
+    rows, depth = 35, 136
+    x, fc, gate = (integers(count, depth, device=device) for count in (tokens, rows, rows))
+    x_scale = torch.rand((tokens, 1) if per_token else (1,), device=device) / 64
+    weights = fc, torch.rand(rows, device=device) / 512, gate, torch.rand(rows, device=device) / 512
+    wanted = quantized_reference.smooth_quant_gated_mlp(x, x_scale, *weights, dtype="float32")
+    # A static scale is a weight as well, and comes to `prepare` with the others.
+    static = () if per_token else (x_scale,)
+    prepare = cuda_kernels()["smooth_quant_gated_mlp"].prepare
+    assert prepare is not None
+    prepared = prepare(*static, *weights, dtype=dtype)
+    got = smooth_quant_gated_mlp(x, *(x_scale,)[len(static) :], *prepared, dtype=dtype)
+    tolerance = roundoff(dtype) + 32 * roundoff("float32")  # exp, sum, quotient, products: a few units each
+    torch.testing.assert_close(got.float(), wanted, rtol=tolerance, atol=1e-6)
+
+
+def test_a_row_of_integers_does_not_depend_on_its_batch(device: torch.device) -> None:
+    x, weight = integers(70, 132, device=device), integers(9, 132, device=device)
+    x_scale, weight_scale = torch.rand(70, 1, device=device), torch.rand(9, device=device)
+    together = smooth_quant_gemm(x, x_scale, weight, weight_scale, dtype="float16")
+    for rows in (slice(0, 1), slice(1, 4), slice(1, 18)):
+        alone = smooth_quant_gemm(x[rows], x_scale[rows], weight, weight_scale, dtype="float16")
+        assert torch.equal(alone, together[rows])
+
+
+# Weight-only
+
+
+def random_weight(
+    rows: int, depth: int, bits: int, group_size: int, has_zero: bool, device: torch.device
+) -> QuantizedWeight:
+    """Weights of size 1 / sqrt(depth), so that products with unit inputs are of unit size. Scales have both signs."""
+    q = integers(rows, depth, device=device, bits=bits)
+    groups = depth // group_size if group_size else 1
+    step = 4 / 2**bits / depth**0.5
+    scale = step * (0.5 + torch.rand(rows, groups, device=device)) * (torch.rand(rows, groups) - 0.3).sign().to(device)
+    zero = torch.randint(-(2 ** (bits - 2)), 2 ** (bits - 2), scale.shape, dtype=torch.int16, device=device)
+    return QuantizedWeight(bits, pack_int4(q) if bits == 4 else q, scale, zero if has_zero else None)
+
+
+def operands(weight: QuantizedWeight) -> tuple[torch.Tensor, ...]:
+    return (weight.weight, weight.scale) + (() if weight.zero is None else (weight.zero,))
+
+
+def run_weight_only(
+    x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None, dtype: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(result, what the reference gives in float64), both as float32."""
+    given = operands(weight) + (() if bias is None else (bias,))
+    attributes = dict(bits=weight.bits, has_zero=weight.zero is not None, dtype=dtype)
+    got = weight_only_quant_matmul(x, *prepare_weight_only_quant_matmul(*given, **attributes), **attributes)
+    wanted = quantized_reference.weight_only_quant_matmul(x.double(), *given, **attributes | {"dtype": "float32"})
+    assert got.dtype == torch_dtype(dtype)
+    return got.float(), wanted
+
+
+FORMATS = [  # bits, group size, depth
+    (4, 0, 130),
+    (4, 16, 144),
+    (4, 48, 96),
+    (4, 64, 448),
+    (4, 128, 640),
+    (4, 512, 2560),  # rows of ten blocks are divided among programs
+    (8, 0, 131),
+    (8, 16, 48),
+    (8, 32, 160),
+    (8, 96, 288),
+    (8, 256, 1280),
+]
+
+
+@pytest.mark.parametrize(("tokens", "has_zero"), [(1, True), (17, False), (17, True)])
+@pytest.mark.parametrize(("bits", "group_size", "depth"), FORMATS)
+def test_weight_only_matmul_keeps_exact_weights(
+    device: torch.device, bits: int, group_size: int, depth: int, tokens: int, has_zero: bool
+) -> None:
+    weight = random_weight(9 if tokens == 1 else 70, depth, bits, group_size, has_zero, device)
+    x = torch.randn(tokens, depth, device=device).half()
+    got, wanted = run_weight_only(x, weight, None, "float32")
+    # Only float32 sums are inexact: `depth` products of size 1 / sqrt(depth), and a few operations on the way.
+    tolerance = roundoff("float32") * (16 + depth)
+    torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("tokens", "depth"), [(1, 320), (2, 320), (3, 2304), (5, 320), (33, 320)])
+@pytest.mark.parametrize(
+    ("dtype", "out_dtype"), [(dtype, out) for dtype in DTYPES for out in dict.fromkeys((dtype, "float32"))]
+)
+def test_weight_only_matmul_in_every_dtype(
+    device: torch.device, dtype: str, out_dtype: str, tokens: int, depth: int
+) -> None:
+    weight = random_weight(9, depth, 4, 64, False, device)
+    x, bias = torch.randn(tokens, depth, device=device), torch.randn(9, device=device)
+    x, bias = x.to(torch_dtype(dtype)), bias.to(torch_dtype(dtype))
+    got, wanted = run_weight_only(x, weight, bias, out_dtype)
+    tolerance = roundoff(out_dtype) + roundoff("float32") * (16 + depth)
+    torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tokens"), [("float16", 257), ("bfloat16", 257), ("float32", 5)])
+@pytest.mark.parametrize(("bits", "group_size", "depth"), [(4, 16, 144), (4, 128, 640), (8, 0, 131)])
+def test_a_weight_is_widened_in_pieces_for_many_tokens(
+    device: torch.device, bits: int, group_size: int, depth: int, dtype: str, tokens: int, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(weight_only, "_DENSE_ELEMENTS", 40 * depth)
+    weight = random_weight(70, depth, bits, group_size, True, device)
+    bias = torch.randn(70, device=device).to(torch_dtype(dtype))
+    x = torch.randn(tokens, depth, device=device).to(torch_dtype(dtype))
+    got, wanted = run_weight_only(x, weight, bias, dtype)
+    # Each weight and the result are rounded; the sum of a row's magnitudes is about sqrt(depth).
+    tolerance = roundoff(dtype) * (2 + depth**0.5) + roundoff("float32") * depth
+    torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tokens"), [("float32", 1), ("float16", 3), ("bfloat16", 18), ("float16", 257)])
+@pytest.mark.parametrize("has_zero", [False, True])
+def test_weight_only_gated_mlp_equals_its_two_matmuls(
+    device: torch.device, dtype: str, tokens: int, has_zero: bool
+) -> None:
+    depth, rows = 2304 if tokens == 3 else 192, 35 if tokens == 18 else 5
+    fc, gate = (random_weight(rows, depth, 4, 64, has_zero, device) for _ in range(2))
+    x = torch.randn(tokens, depth, device=device).to(torch_dtype(dtype))
+    attributes = dict(bits=4, has_zero=has_zero, dtype=dtype)
+    given = operands(fc) + operands(gate)
+    wanted = quantized_reference.weight_only_gated_mlp(x.float(), *given, **attributes | {"dtype": "float32"})
+    got = weight_only_gated_mlp(x, *prepare_weight_only_gated_mlp(*given, **attributes), **attributes)
+    # Rounded once, or, with widened weights, the weights and both products too, of values up to about 4.
+    roundings = 16 + depth**0.5 if tokens == 257 else 1
+    tolerance = roundoff(dtype) * roundings + roundoff("float32") * (64 + 4 * depth)
+    torch.testing.assert_close(got.float(), wanted, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_row_does_not_depend_on_its_batch(device: torch.device, bits: int) -> None:
+    """Bit for bit, among batches that are multiplied the same way."""
+    weight = random_weight(9, 2304, bits, 128, True, device)
+    x = torch.randn(40, 2304, device=device).half()
+    rows = run_weight_only(x, weight, None, "float16")[0]
+    for start, stop in ((0, 2), (5, 10), (3, 20), (7, 40)):
+        assert torch.equal(run_weight_only(x[start:stop], weight, None, "float16")[0], rows[start:stop])
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_sums_beyond_float16_are_finite(device: torch.device, tokens: int) -> None:
+    weight = quantize_weight(torch.ones(3, 512, device=device), 8, 128)
+    x = torch.full((tokens, 512), 6e4, device=device).half()
+    got, wanted = run_weight_only(x, weight, None, "float32")
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="many large tiles are for the GPU")
+def test_integer_sums_in_tiles_of_128_tokens(device: torch.device) -> None:
+    """They are taken where they fill a GPU."""
+    tokens, rows, depth = 200, 8320, 640
+    x, weight = integers(tokens, depth, device=device), integers(rows, depth, device=device)
+    ones = torch.ones(tokens, 1, device=device), torch.ones(rows, device=device)
+    got = smooth_quant_gemm(x, ones[0], weight, ones[1], dtype="float32")
+    assert torch.equal(got, quantized_reference.integer_product(x, weight).float())
+
+
+def test_scales_are_held_in_float16_only_where_that_is_exact(device: torch.device) -> None:
+    weight = random_weight(5, 64, 8, 32, False, device)
+    short = QuantizedWeight(8, weight.weight, weight.scale.half().float())
+    for given, dtype in ((weight, torch.float32), (short, torch.float16)):
+        scale = prepare_weight_only_quant_matmul(*operands(given), bits=8, has_zero=False, dtype="float16")[1]
+        assert scale is not None and scale.dtype == dtype
+
+
+def test_groups_that_no_kernel_takes_are_named(device: torch.device) -> None:
+    weight = random_weight(5, 48, 8, 24, False, device)
+    with pytest.raises(ValueError, match="groups of 24 columns"):
+        prepare_weight_only_quant_matmul(*operands(weight), bits=8, has_zero=False, dtype="float16")
