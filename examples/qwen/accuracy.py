@@ -80,7 +80,7 @@ def accuracy_text(
                 tokenizer_dir,
             )
             return random_text(vocab_size, _LONGEST_TEXT, max_tokens)
-    return load_calibration_text(chosen, tokenizer, vocab_size, _LONGEST_TEXT, max_tokens)
+    return load_calibration_text(chosen, tokenizer, vocab_size, _LONGEST_TEXT, max_tokens, from_end=True)
 
 
 def _tokenizer_of(folder: Path, is_wanted: bool) -> Tokenizer | None:

@@ -41,15 +41,28 @@ def needs_tokenizer(path: Path) -> bool:
 
 
 def load_calibration_text(
-    path: Path, tokenizer: Tokenizer | None, vocab_size: int, max_length: int, max_tokens: int, seed: int = 0
+    path: Path,
+    tokenizer: Tokenizer | None,
+    vocab_size: int,
+    max_length: int,
+    max_tokens: int,
+    seed: int = 0,
+    *,
+    from_end: bool = False,
 ) -> CalibrationText:
-    """Texts of the file in an order drawn by `seed`, cut to `max_length` tokens each and `max_tokens` together."""
+    """Texts of the file in an order drawn by `seed`, cut to `max_length` tokens each and `max_tokens` together.
+
+    `from_end` turns the order around: what judges a model then reads other texts than what calibrated it, as long as
+    the two do not meet in the middle.
+    """
     if not path.is_file():
         raise ValueError(
             f"{path}: no such file, expected calibration text ({', '.join(_JSON_SUFFIXES)}, .txt, .npy, .csv)"
         )
     records = list(_records(path))
     random.Random(seed).shuffle(records)
+    if from_end:
+        records.reverse()
     texts: list[list[int]] = []
     left = max_tokens
     for where, record in records:

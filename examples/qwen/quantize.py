@@ -28,7 +28,6 @@ from int4_packing import Int4Format, awq_format, gptq_format  # noqa: E402
 from quantized_folder import FolderWriter, check_sizes, estimate_bytes  # noqa: E402
 from staging import staging_dir  # noqa: E402
 from tqdm import tqdm  # noqa: E402
-from weight import check_complete  # noqa: E402
 
 from tensorrt_llm.dtype import PRECISIONS, torch_dtype  # noqa: E402
 from tensorrt_llm.models import QWenConfig  # noqa: E402
@@ -70,15 +69,13 @@ def main(args: QuantizeArgs) -> None:
     started = time.monotonic()
     check_flags(args)
     config = QWenConfig.from_hf_dir(args.model_dir)
-    checkpoint = HfCheckpoint(args.model_dir)
-    check_complete(checkpoint, config)
+    engine = float_engine(args.model_dir, config)
     check_sizes(config, args.columns_per_group)
     check_target(args, config)
-    texts = calibration_texts(args, config)
-    calibration = Calibration(float_engine(args.model_dir, config), texts, pick_device(args.device))
+    calibration = Calibration(engine, calibration_texts(args, config), pick_device(args.device))
     errors: dict[str, float] = {}
     with staging_dir(args.export_path.parent) as staging, torch.inference_mode():
-        folder = FolderWriter(staging / "folder", checkpoint, config, args.dtype, layout_of(args))
+        folder = FolderWriter(staging / "folder", HfCheckpoint(args.model_dir), config, args.dtype, layout_of(args))
         folder.path.mkdir()
         folder.write_embedding()
         layers = tqdm(
@@ -90,7 +87,7 @@ def main(args: QuantizeArgs) -> None:
         folder.write_output()
         folder.finish()
         folder.path.rename(args.export_path)
-    print_summary(args, folder, sum(map(len, texts)), errors, time.monotonic() - started)
+    print_summary(args, folder, sum(map(len, calibration.texts)), errors, time.monotonic() - started)
 
 
 def method_of(args: QuantizeArgs) -> Gptq | Awq:

@@ -39,14 +39,12 @@ _DTYPE_SWITCHES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 def check_sizes(config: QWenConfig, group_size: int) -> None:
     """Refuse a model whose matrices the layouts cannot hold; group_size 0 is one group per output."""
-    for source in _sources(config):
-        if not _is_quantized(source):
-            continue
+    for source in _sources(config, quantized=True):
         outputs, inputs = source.shape
         if group_size and inputs % group_size:
             raise ValueError(
-                f"{source.name}: has {inputs} inputs, expected a multiple of --group_size {group_size}; "
-                f"give a divisor, or -1 for one group per output"
+                f"{source.name}: has {inputs} inputs, expected a multiple of --group_size {group_size}; give a "
+                f"divisor, or -1 for one group per output"
             )
         if inputs % PER_WORD or outputs % PER_WORD:
             raise ValueError(f"{source.name}: is {outputs} x {inputs}, expected multiples of {PER_WORD}")
@@ -54,26 +52,23 @@ def check_sizes(config: QWenConfig, group_size: int) -> None:
 
 def estimate_bytes(config: QWenConfig, group_size: int, dtype: str) -> int:
     """About what the shards take."""
-    total = 0
-    for source in _sources(config):
+    total = sum(math.prod(source.shape) * itemsize(dtype) for source in _sources(config, quantized=False))
+    for source in _sources(config, quantized=True):
         elements = math.prod(source.shape)
-        if _is_quantized(source):
-            groups = elements // (group_size or source.shape[1])
-            total += elements // 2 + groups * (itemsize(dtype) + 1)
-        else:
-            total += elements * itemsize(dtype)
+        groups = elements // (group_size or source.shape[1])
+        total += elements // 2 + groups * (itemsize(dtype) + 1)
     return total
 
 
-def _sources(config: QWenConfig) -> list[Source]:
-    """Every tensor of the unquantized checkpoint once."""
-    found = {source.name: source for _, sources in origins_of(config).values() for source in sources}
-    return list(found.values())
-
-
-def _is_quantized(source: Source) -> bool:
-    """The matrices of the layers are: their names hold a number."""
-    return len(source.shape) == 2 and any(part.isdecimal() for part in source.name.split("."))
+def _sources(config: QWenConfig, quantized: bool) -> list[Source]:
+    """The unquantized checkpoint's tensors that are quantized, the matrices of the layers; or all the others."""
+    found = (
+        source
+        for parameter, (_, sources) in origins_of(config).items()
+        for source in sources
+        if (parameter.startswith("layers.") and len(source.shape) == 2) == quantized
+    )
+    return list(dict.fromkeys(found))  # a tied embedding is two parameters
 
 
 class FolderWriter:
@@ -87,6 +82,7 @@ class FolderWriter:
         self._dtype = dtype  # of everything but integers
         self._layout = layout
         self._num_shards = config.num_hidden_layers + 2
+        self._config = config
         self._origins = {name: sources for name, (_, sources) in origins_of(config).items()}
         self._shard_of: dict[str, str] = {}  # by a tensor's name
         self.num_bytes = 0  # of all tensors
@@ -106,8 +102,8 @@ class FolderWriter:
 
     def finish(self) -> None:
         """Write what says what the shards are; the folder is complete."""
-        missing = {source.name for sources in self._origins.values() for source in sources if len(source.shape) == 1}
-        assert missing <= self._shard_of.keys(), missing - self._shard_of.keys()
+        matrices, others = ({source.name for source in _sources(self._config, flag)} for flag in (True, False))
+        assert others <= self._shard_of.keys() and not matrices & self._shard_of.keys(), "a shard is missing or wrong"
         index = {"metadata": {"total_size": self.num_bytes}, "weight_map": self._shard_of}
         _write_json(self.path / "model.safetensors.index.json", index)
         original = self._checkpoint.directory

@@ -16,9 +16,10 @@ import torch
 from .grid import largest_divisor, search_grid, storable
 from .quantize import QuantizedWeight, pack_int4
 
+# Mean KL of the bundled checkpoint as in gptq.py: 0.84; 0.83 with twice as many, 1.01 with alpha 0 alone; 1.02 without
+# clipping, 0.95 with gptq.py's clipping.
 _ALPHAS = tuple(step / 20 for step in range(20))
-# Columns whose errors are seen together. The whole of x x^T chose no better alphas: int4 of the bundled checkpoint in
-# groups of 128, mean KL in 1e-3 nats over three calibration texts: 0.96 with it, 0.99 with blocks, give or take 0.05.
+# Columns whose errors are seen together. The whole of x x^T chose no better stretch, and takes k / 128 times as long.
 _LARGEST_BLOCK = 128
 # Inputs that are cast to float32 at a time.
 _INPUTS_AT_ONCE = 4096
@@ -40,9 +41,10 @@ class InputMoments:
         block = largest_divisor(group_size, _LARGEST_BLOCK)
         magnitude = torch.zeros(columns, device=inputs.device)
         products = torch.zeros((columns // block, block, block), device=inputs.device)
-        for rows in inputs.split(_INPUTS_AT_ONCE):
-            magnitude += rows.float().abs().sum(0)
-            blocks = rows.float().unflatten(1, (-1, block)).permute(1, 2, 0)  # [k / block, block, rows]
+        for part in inputs.split(_INPUTS_AT_ONCE):
+            rows = part.float()
+            magnitude += rows.abs().sum(0)
+            blocks = rows.unflatten(1, (-1, block)).permute(1, 2, 0)  # [k / block, block, rows]
             products += blocks @ blocks.mT
         return cls(magnitude / tokens, products / tokens)
 
@@ -71,9 +73,9 @@ def search_stretch(
     candidates = [_stretch(inputs.magnitude, alpha, largest) for alpha in _ALPHAS]
     costs = []
     for stretch in candidates:
-        cost = inputs.divided(stretch).cost
-        grid_and_cost = search_grid(weight * stretch, group_size, cost, scale_dtype=scale_dtype, clip_ratios=(1.0,))
-        costs.append(grid_and_cost[1])
+        cost_of = inputs.divided(stretch).cost
+        _, cost = search_grid(weight * stretch, group_size, cost_of, scale_dtype=scale_dtype, clip_ratios=(1.0,))
+        costs.append(cost)
     return candidates[costs.index(min(costs))]
 
 

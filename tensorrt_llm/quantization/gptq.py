@@ -4,8 +4,9 @@ What counts is the output: over all inputs x, an error e of a row costs e^T H e 
 is off by d, the columns after it do best to subtract (d / U[j, j]) U[j, after], where U is upper triangular and U^T U
 the inverse of H [1]. Rows know nothing of each other. Everything is float32, on any device.
 
-Columns go by activation: those with large inputs first, while many are left to make up for them. int4 of the bundled
-checkpoint in groups of 128, mean KL in 1e-3 nats over three calibration texts: 0.37 so, 0.48 from left to right.
+Columns go by activation: those with large inputs first, while many are left to make up for them. Mean KL of the bundled
+checkpoint in 1e-3 nats (groups of 128, without the worst thousandth of the tokens, over three calibration texts): 0.32
+so, whether groups go along or stay runs of columns, and 0.43 from left to right; rounding to the nearest has 1.24.
 
 [1] Frantar et al., https://arxiv.org/abs/2210.17323
 """
@@ -21,7 +22,8 @@ from .quantize import QuantizedWeight, pack_int4
 _COLUMNS_AT_ONCE = 128
 # Inputs that are cast to float32 at a time.
 _INPUTS_AT_ONCE = 4096
-# Shares of the mean of H's diagonal that are added to it; the first with which H has an inverse counts.
+# Shares of the mean of H's diagonal that are added to it; the first with which H has an inverse counts. With 0.001
+# the KL is 0.32 too, with 0.05 it is 0.33.
 _DAMPING = (0.01, 0.1, 1.0)
 # AutoGPTQ's format stores zero points less one.
 _LOWEST_ZERO = LOWEST + 1
@@ -30,8 +32,9 @@ _LOWEST_ZERO = LOWEST + 1
 def hessian_of(inputs: torch.Tensor) -> torch.Tensor:
     """The sum of x x^T over the rows x of inputs [tokens, k]: float32 [k, k]."""
     hessian = torch.zeros((inputs.shape[1], inputs.shape[1]), device=inputs.device)
-    for rows in inputs.split(_INPUTS_AT_ONCE):
-        hessian.addmm_(rows.float().T, rows.float())
+    for part in inputs.split(_INPUTS_AT_ONCE):
+        rows = part.float()
+        hessian.addmm_(rows.T, rows)
     return hessian
 
 
@@ -93,7 +96,8 @@ def _search_grid(
 
 
 def _cost(importance: torch.Tensor) -> Cost:
-    """Cubed errors, as in quantize.py, times what the column's input weighs (KL 0.37; 0.39 without, 0.47 squared)."""
+    """Cubed errors, as in quantize.py, times what the column's input weighs. KL as above: 0.34 without that, 0.40 with
+    squares, 0.43 with no clipping at all."""
     return lambda difference: difference.abs_().pow_(3).mul_(importance).sum(-1)
 
 

@@ -38,6 +38,14 @@ def test_seeds_draw_other_texts() -> None:
     assert first == again != other
 
 
+def test_what_judges_reads_other_texts_than_what_calibrates() -> None:
+    calibrates, judges = (
+        load_calibration_text(BUNDLED_TEXT, TOKENIZER, VOCAB, 512, budget, from_end=from_end).texts
+        for budget, from_end in ((16384, False), (1024, True))
+    )
+    assert not set(map(tuple, calibrates)) & set(map(tuple, judges))
+
+
 def test_an_article_is_asked_and_answered(tmp_path: Path) -> None:
     file = tmp_path / "text.jsonl"
     file.write_text(json.dumps({"article": "It rained.", "highlights": "Rain."}))
