@@ -11,8 +11,8 @@ result is final; otherwise each split leaves its normalised result and its log-s
 them in order. Softmax is in float32 and in powers of two: log2(e) is folded into the scale.
 """
 
-# mypy: allow-untyped-defs
-# The arguments of a kernel are Triton's values, for which Python has no types.
+# mypy: allow-untyped-defs, disable-error-code=assignment
+# The values of a kernel are Triton's, for which Python has no types: its tuples grow.
 
 import math
 
@@ -21,16 +21,8 @@ import triton
 import triton.language as tl
 
 from ..step import StepShape
-from .kv_pool import (
-    VALUE_SCALE_LIFT,
-    dot_dtype,
-    dot_operand,
-    dot_words,
-    load_scales,
-    padded_width,
-    pool_strides,
-    token_offsets,
-)
+from .integer_planes import integer_plane
+from .kv_pool import VALUE_SCALE_LIFT, dot_dtype, load_scales, padded_width, pool_strides, token_offsets
 
 # A running maximum starts below every score, yet finite: -inf minus -inf would be NaN in an all-masked row.
 _LOWEST = tl.constexpr(-1e30)
@@ -103,6 +95,16 @@ def _decode_one_head(
         tl.store(lse_ptr + partial_row, best + tl.log2(sum_of_weights))
 
 
+@triton.jit
+def _operand(words, PLANE: tl.constexpr, IS_INT8: tl.constexpr, DOT_DTYPE: tl.constexpr):
+    """Plane PLANE of keys or values as they were loaded."""
+    if IS_INT8:
+        operand = integer_plane(words ^ -0x7F80, PLANE, 8, DOT_DTYPE)  # 0x8080 turns the sign bits over
+    else:
+        operand = words.to(DOT_DTYPE)
+    return operand
+
+
 @triton.jit(
     do_not_specialize=["first_sequence", "first_token", "num_splits", "table_stride"],
     do_not_specialize_on_alignment=["block_tables_ptr", "sequence_length_ptr"],
@@ -115,7 +117,12 @@ def _decode_grouped_heads(
     SPLIT_TOKENS: tl.constexpr, TILE_TOKENS: tl.constexpr, IS_ONLY_SPLIT: tl.constexpr, NUM_STAGES: tl.constexpr,
     IS_INT8: tl.constexpr, DOT_DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """GROUP query heads share a KV head: they are the rows of one tensor core tile, padded to GROUP_TILE."""
+    """GROUP query heads share a KV head: they are the rows of one tensor core tile, padded to GROUP_TILE.
+
+    An int8 pool comes as int16 words of two dims, the even one in the low byte, which unpack faster than bytes convert:
+    a vector is WIDTH words of 2 planes, as it is WIDTH numbers of 1 plane in a float pool. A dot over dims is one for
+    each plane, and each plane has results of its own.
+    """
     PLANES: tl.constexpr = 2 if IS_INT8 else 1
     WIDTH: tl.constexpr = HEAD_SIZE // PLANES
     index, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -152,7 +159,7 @@ def _decode_grouped_heads(
         values = tl.load(pointers + value_stride, mask=mask, other=0)
         score = tl.zeros([GROUP_TILE, TILE_TOKENS], tl.float32)
         for plane in tl.static_range(PLANES):
-            key_plane = dot_operand(keys, plane, IS_INT8, DOT_DTYPE)
+            key_plane = _operand(keys, plane, IS_INT8, DOT_DTYPE)
             score = tl.dot(q[plane], tl.trans(key_plane), score, input_precision="ieee")
         score *= scale
         if IS_INT8:
@@ -166,7 +173,7 @@ def _decode_grouped_heads(
             weight *= (value_scale * VALUE_SCALE_LIFT)[None, :]
         added = ()
         for plane in tl.static_range(PLANES):
-            value_plane = dot_operand(values, plane, IS_INT8, DOT_DTYPE)
+            value_plane = _operand(values, plane, IS_INT8, DOT_DTYPE)
             decayed = results[plane] * decay[:, None]
             added += (tl.dot(weight.to(DOT_DTYPE), value_plane, decayed, input_precision="ieee"),)
         results = added
@@ -246,7 +253,7 @@ def decode_attention(
     else:
         partial = torch.empty((decodes, num_heads, num_splits, head_size), dtype=torch.float32, device=q.device)
         lse = torch.empty((decodes, num_heads, num_splits), dtype=torch.float32, device=q.device)
-    pool = past_key_value if group == 1 else dot_words(past_key_value)
+    pool = past_key_value.view(torch.int16) if is_int8 and group > 1 else past_key_value
     arguments = (
         q, pool, key_value_scales, block_tables, sequence_length, out, partial, lse,
         step.num_contexts, step.num_context_tokens, num_splits, block_tables.stride(0), *pool_strides(pool),
@@ -262,13 +269,12 @@ def decode_attention(
         # share an SM, so 80 KB and more are under way, where 3 TB/s at 0.8 us of latency need 18 KB an SM.
         _decode_one_head[grid](*arguments, **sizes, TILE_TOKENS=32, NUM_STAGES=3, num_warps=4)
     else:
-        if q.dtype == torch.float32:
-            # Products run without tensor cores and need smaller tiles to stay within the registers; integers, which
-            # become float32 on the way, leave none for loads under way.
-            tile_tokens, num_stages, num_warps = 32, 1 if is_int8 else 2, 8
-        else:
-            # Turning integers into a dot's operands takes registers: at four warps 255 a lane, at eight 116.
-            tile_tokens, num_stages, num_warps = 64, 3, 8 if is_int8 else 4
+        # Float32 products run without tensor cores and need smaller tiles to stay within the registers. Int8 tiles are
+        # half as many bytes: 64 sequences of 1024 tokens took 49 us in two stages, 56 us in three (H200, 4 KV heads).
+        is_exact = q.dtype == torch.float32
+        tile_tokens, num_stages, num_warps = (32, 2, 8) if is_exact else (64, 3, 4)
+        if is_int8:
+            num_stages -= 1
         _decode_grouped_heads[grid](
             *arguments, **sizes, GROUP=group, GROUP_TILE=max(16, triton.next_power_of_2(group)),
             TILE_TOKENS=tile_tokens, NUM_STAGES=num_stages, DOT_DTYPE=dot_dtype(q.dtype), num_warps=num_warps,

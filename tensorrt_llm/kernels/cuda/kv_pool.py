@@ -6,9 +6,7 @@ A pool may hold more than 2^31 elements, so every offset that a block id takes p
 
 An int8 pool goes with key_value_scales, float32 [num_blocks, 2, num_kv_heads, tokens_per_block]: a vector is its
 integers times its scale, and lies at head_size times the scale's offset. Readers never widen a vector by its scale: a
-key's multiplies the score, a value's the probability. Tensor cores are fed two dims from one int16 word, the even one
-in its low byte: a vector is then WIDTH = head_size / 2 words of 2 planes, as it is head_size numbers of 1 plane in a
-float pool, and a dot over its dims is a dot for each plane.
+key's multiplies the score, a value's the probability.
 This file does not know who owns a block: that is the allocator's business.
 
 The integers of a step are views of one buffer, at any address, and their counts change from step to step: the kernels
@@ -21,8 +19,6 @@ declare them unspecialised, or each new step would compile its kernels anew.
 import torch
 import triton
 import triton.language as tl
-
-from .integer_planes import integer_plane
 
 # A value's scale is 1/127 of its largest magnitude, and times a small probability it would leave float16's normal
 # numbers. Lifted by 2^6 on its way through a dot it keeps its bits, and stays below 65504 for all values that do.
@@ -37,18 +33,8 @@ def token_offsets(table_ptr, positions, mask, block_stride, token_stride, TOKENS
 
 
 @triton.jit
-def dot_operand(words, PLANE: tl.constexpr, IS_INT8: tl.constexpr, DOT_DTYPE: tl.constexpr):
-    """Plane PLANE of keys or values as they were loaded."""
-    if IS_INT8:
-        operand = integer_plane(words ^ -0x7F80, PLANE, 8, DOT_DTYPE)  # 0x8080 turns both sign bits over
-    else:
-        operand = words.to(DOT_DTYPE)
-    return operand
-
-
-@triton.jit
 def load_scales(scales_ptr, offsets, mask, value_stride, WIDTH: tl.constexpr):
-    """Scales of the keys at pool offsets `offsets`, counted in vectors of WIDTH, and of the values beside them.
+    """Scales of the keys at pool offsets `offsets`, where vectors are WIDTH apart, and of the values beside them.
 
     The sums are over one element: without them every thread of a tensor core tile loads all scales that it needs for
     itself (236 copies to shared memory in prefill, against 26), where one thread for each can.
@@ -65,11 +51,6 @@ def check_scales(past_key_value: torch.Tensor, key_value_scales: torch.Tensor | 
     if key_value_scales is not None:
         expected = tuple(stride // past_key_value.shape[-1] for stride in past_key_value.stride()[:-1])
         assert key_value_scales.stride() == expected, f"scales have strides {key_value_scales.stride()}, not {expected}"
-
-
-def dot_words(past_key_value: torch.Tensor) -> torch.Tensor:
-    """The pool as kernels with dots load it: int8 in words of two dims, floats as they are."""
-    return past_key_value.view(torch.int16) if past_key_value.dtype == torch.int8 else past_key_value
 
 
 def pool_strides(past_key_value: torch.Tensor) -> tuple[int, int, int, int]:

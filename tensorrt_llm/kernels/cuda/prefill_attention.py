@@ -24,24 +24,14 @@ import triton
 import triton.language as tl
 
 from ..step import StepShape
-from .kv_pool import (
-    VALUE_SCALE_LIFT,
-    dot_dtype,
-    dot_operand,
-    dot_words,
-    load_scales,
-    padded_width,
-    pool_strides,
-    token_offsets,
-)
+from .kv_pool import VALUE_SCALE_LIFT, dot_dtype, load_scales, padded_width, pool_strides, token_offsets
 
 
 @triton.jit
 def _attend(
-    q, top, total, results, start, stop, query_positions, keys_ptr, scales_ptr, table_ptr,
+    q, top, total, result, start, stop, query_positions, keys_ptr, scales_ptr, table_ptr,
     block_stride, value_stride, token_stride, scale,
-    WIDTH: tl.constexpr, PLANES: tl.constexpr, DIM_TILE: tl.constexpr, TOKENS_PER_BLOCK: tl.constexpr,
-    QUERY_TILE: tl.constexpr, KEY_TILE: tl.constexpr,
+    HEAD_SIZE: tl.constexpr, DIM_TILE: tl.constexpr, TOKENS_PER_BLOCK: tl.constexpr, KEY_TILE: tl.constexpr,
     DOT_DTYPE: tl.constexpr, IS_INT8: tl.constexpr, IS_DIAGONAL: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
     """Take the keys start .. stop into the running softmax; off the diagonal they are whole tiles that all see."""
@@ -51,16 +41,12 @@ def _attend(
         cached = positions < stop
         offsets = token_offsets(table_ptr, positions, cached, block_stride, token_stride, TOKENS_PER_BLOCK)
         pointers = keys_ptr + offsets[:, None] + dims[None, :]
-        mask = cached[:, None] & (dims < WIDTH)[None, :]
-        keys = tl.load(pointers, mask=mask, other=0)
-        values = tl.load(pointers + value_stride, mask=mask, other=0)
-        score = tl.zeros([QUERY_TILE, KEY_TILE], tl.float32)
-        for plane in tl.static_range(PLANES):
-            key_plane = dot_operand(keys, plane, IS_INT8, DOT_DTYPE)
-            score = tl.dot(q[plane], tl.trans(key_plane), score, input_precision="ieee")
-        score *= scale
+        mask = cached[:, None] & (dims < HEAD_SIZE)[None, :]
+        keys = tl.load(pointers, mask=mask, other=0.0).to(DOT_DTYPE)
+        values = tl.load(pointers + value_stride, mask=mask, other=0.0).to(DOT_DTYPE)
+        score = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
         if IS_INT8:
-            key_scale, value_scale = load_scales(scales_ptr, offsets, cached, value_stride, WIDTH)
+            key_scale, value_scale = load_scales(scales_ptr, offsets, cached, value_stride, HEAD_SIZE)
             score *= key_scale[None, :]
         if IS_DIAGONAL:
             seen = cached[None, :] & (positions[None, :] <= query_positions[:, None])
@@ -70,14 +56,10 @@ def _attend(
         total = total * decay + tl.sum(weight, axis=1)
         if IS_INT8:
             weight *= (value_scale * VALUE_SCALE_LIFT)[None, :]
-        added = ()
-        for plane in tl.static_range(PLANES):
-            value_plane = dot_operand(values, plane, IS_INT8, DOT_DTYPE)
-            decayed = results[plane] * decay[:, None]
-            added += (tl.dot(weight.to(DOT_DTYPE), value_plane, decayed, input_precision="ieee"),)
-        results = added
+        result = result * decay[:, None]
+        result = tl.dot(weight.to(DOT_DTYPE), values, result, input_precision="ieee")
         top = new_top
-    return top, total, results
+    return top, total, result
 
 
 @triton.jit(
@@ -91,8 +73,6 @@ def _prefill(
     TOKENS_PER_BLOCK: tl.constexpr, QUERY_TILE: tl.constexpr, KEY_TILE: tl.constexpr, DOT_DTYPE: tl.constexpr,
     IS_INT8: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
-    PLANES: tl.constexpr = 2 if IS_INT8 else 1
-    WIDTH: tl.constexpr = HEAD_SIZE // PLANES
     head, sequence = tl.program_id(1), tl.program_id(2)
     query_start = tl.load(query_starts_ptr + sequence)
     num_queries = tl.load(query_starts_ptr + sequence + 1) - query_start
@@ -106,36 +86,32 @@ def _prefill(
 
     dims = tl.arange(0, DIM_TILE)
     queries = tile * QUERY_TILE + tl.arange(0, QUERY_TILE)
-    mask = (queries < num_queries)[:, None] & (dims < WIDTH)[None, :]
+    mask = (queries < num_queries)[:, None] & (dims < HEAD_SIZE)[None, :]
     rows = ((query_start + queries).to(tl.int64) * NUM_HEADS + head) * HEAD_SIZE
-    q, results = (), ()
-    for plane in tl.static_range(PLANES):
-        q_ptrs = q_ptr + rows[:, None] + (dims * PLANES + plane)[None, :]
-        q += (tl.load(q_ptrs, mask=mask, other=0.0).to(DOT_DTYPE),)
-        results += (tl.zeros([QUERY_TILE, DIM_TILE], tl.float32),)
+    q = tl.load(q_ptr + rows[:, None] + dims[None, :], mask=mask, other=0.0).to(DOT_DTYPE)
     query_positions = first_position + tl.arange(0, QUERY_TILE)
     table_ptr = block_tables_ptr + sequence.to(tl.int64) * table_stride
     keys_ptr = pool_ptr + (head // GROUP).to(tl.int64) * head_stride
     if IS_INT8:
-        scales_ptr += (head // GROUP).to(tl.int64) * (head_stride // WIDTH)
+        scales_ptr += (head // GROUP).to(tl.int64) * (head_stride // HEAD_SIZE)
     # Key 0 is seen by every query and comes in the first tile, so no row meets -inf minus -inf.
     top = tl.full([QUERY_TILE], float("-inf"), tl.float32)
     total = tl.zeros([QUERY_TILE], tl.float32)
-    top, total, results = _attend(
-        q, top, total, results, 0, full_stop, query_positions, keys_ptr, scales_ptr, table_ptr,
+    result = tl.zeros([QUERY_TILE, DIM_TILE], tl.float32)
+    top, total, result = _attend(
+        q, top, total, result, 0, full_stop, query_positions, keys_ptr, scales_ptr, table_ptr,
         block_stride, value_stride, token_stride, scale,
-        WIDTH, PLANES, DIM_TILE, TOKENS_PER_BLOCK, QUERY_TILE, KEY_TILE, DOT_DTYPE, IS_INT8, False, NUM_STAGES,
+        HEAD_SIZE, DIM_TILE, TOKENS_PER_BLOCK, KEY_TILE, DOT_DTYPE, IS_INT8, False, NUM_STAGES,
     )  # fmt: skip
-    top, total, results = _attend(
-        q, top, total, results, full_stop, stop, query_positions, keys_ptr, scales_ptr, table_ptr,
+    top, total, result = _attend(
+        q, top, total, result, full_stop, stop, query_positions, keys_ptr, scales_ptr, table_ptr,
         block_stride, value_stride, token_stride, scale,
-        WIDTH, PLANES, DIM_TILE, TOKENS_PER_BLOCK, QUERY_TILE, KEY_TILE, DOT_DTYPE, IS_INT8, True, NUM_STAGES,
+        HEAD_SIZE, DIM_TILE, TOKENS_PER_BLOCK, KEY_TILE, DOT_DTYPE, IS_INT8, True, NUM_STAGES,
     )  # fmt: skip
-    for plane in tl.static_range(PLANES):
-        result = results[plane] / total[:, None]
-        if IS_INT8:
-            result *= 1.0 / VALUE_SCALE_LIFT
-        tl.store(out_ptr + rows[:, None] + (dims * PLANES + plane)[None, :], result, mask=mask)
+    result = result / total[:, None]
+    if IS_INT8:
+        result *= 1.0 / VALUE_SCALE_LIFT
+    tl.store(out_ptr + rows[:, None] + dims[None, :], result, mask=mask)
 
 
 def prefill_attention(
@@ -152,8 +128,7 @@ def prefill_attention(
 ) -> None:
     """Fill out[:num_context_tokens], the attention of the first num_contexts sequences."""
     num_heads, head_size = q.shape[1:]
-    pool = dot_words(past_key_value)
-    dim_tile = padded_width(pool.shape[4])
+    dim_tile = padded_width(head_size)
     if q.dtype == torch.float32:
         # Exact float32 products run without tensor cores and keep whole rows in registers: larger tiles spill.
         query_tile, key_tile, num_stages = 32, 16, 1
@@ -161,11 +136,11 @@ def prefill_attention(
         # Two warp groups of 64 query rows each keep a [128, 128] float32 result in 64 registers a lane, which leaves
         # one program an SM. So loads must run ahead of it: of three stages the block ids take one, and K and V have
         # two tiles of 64 tokens, 96 KB of shared memory with q. Heads above 128 halve the tile to fit.
-        query_tile, key_tile, num_stages = 128, 64 if head_size <= 128 else 32, 3
+        query_tile, key_tile, num_stages = 128, 64 if dim_tile <= 128 else 32, 3
     grid = (triton.cdiv(step.max_query_length, query_tile), num_heads, step.num_contexts)
     _prefill[grid](
-        q, pool, key_value_scales, block_tables, query_starts, sequence_length, out,
-        block_tables.stride(0), *pool_strides(pool),
+        q, past_key_value, key_value_scales, block_tables, query_starts, sequence_length, out,
+        block_tables.stride(0), *pool_strides(past_key_value),
         math.log2(math.e) / (q_scaling * math.sqrt(head_size)),
         NUM_HEADS=num_heads, GROUP=num_heads // past_key_value.shape[2],
         HEAD_SIZE=head_size, DIM_TILE=dim_tile, TOKENS_PER_BLOCK=past_key_value.shape[3],
