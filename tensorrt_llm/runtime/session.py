@@ -37,6 +37,8 @@ def pick_device(name: str | None = None) -> torch.device:
         raise ValueError("device is cuda, but this machine has no CUDA device that torch can use; expected cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device is {name}, but there are {torch.cuda.device_count()} CUDA devices")
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())  # torch wants a number where a device is made current
     return device
 
 
