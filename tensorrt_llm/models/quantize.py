@@ -80,9 +80,7 @@ def _linears(model: Module) -> list[tuple[str, ColumnLinear | RowLinear]]:
     return [(path, module) for path, module in model.named_modules() if isinstance(module, ColumnLinear | RowLinear)]
 
 
-def _replace_weight_only(
-    model: Module, path: str, linear: ColumnLinear | RowLinear, layout: WeightOnlyLayout
-) -> None:
+def _replace_weight_only(model: Module, path: str, linear: ColumnLinear | RowLinear, layout: WeightOnlyLayout) -> None:
     parent_path, _, name = path.rpartition(".")
     parent = dict(model.named_modules())[parent_path]
     try:
