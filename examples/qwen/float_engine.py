@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
+from compile_model import compile_model
 from weight import load_from_hf_qwen
 
-from tensorrt_llm import Builder, Engine, Limits, net_guard
+from tensorrt_llm import Engine, Limits
 from tensorrt_llm.models import QWenConfig, QWenForCausalLM
 
 
@@ -14,9 +15,4 @@ def float_engine(hf_model_dir: Path, config: QWenConfig) -> Engine:
     load_from_hf_qwen(model, hf_model_dir, config)
     # Calibration reads whole prompts without a session: of the limits only the size of a KV block counts.
     limits = Limits(max_batch_size=1, max_input_len=1, max_output_len=1, max_num_tokens=1, tokens_per_block=64)
-    builder = Builder()
-    network = builder.create_network()
-    network.set_named_parameters(model.named_parameters())
-    with net_guard(network):
-        model(**model.prepare_inputs(limits.tokens_per_block))
-    return builder.build_engine(network, builder.create_builder_config(model, limits), fuse=False)
+    return compile_model(model, limits, fuse=False)

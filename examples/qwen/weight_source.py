@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from build_args import BuildArgs
+from compile_model import compile_model
 from dummy_weights import load_dummy_weights
 from ft_folder import FtFolder
 from ft_weight import load_from_ft
@@ -15,7 +16,7 @@ from quant_scheme import QuantScheme, check_flags, reads_quantized_checkpoint, s
 from quantized_checkpoint import QuantizedCheckpoint, open_quantized_checkpoint
 from weight import load_dequantized, load_from_hf_qwen, load_from_quantized
 
-from tensorrt_llm import Builder, Engine, Mapping, net_guard
+from tensorrt_llm import Engine, Mapping
 from tensorrt_llm.dtype import itemsize
 from tensorrt_llm.models import QWenConfig, QWenForCausalLM
 from tensorrt_llm.runtime.session import pick_device
@@ -65,7 +66,7 @@ class WeightSource:
         else:
             load_from_hf_qwen(model, args.hf_model_dir, self.config)
             name = f"the unquantized weights of {args.hf_model_dir.name}"
-        return self._compile(model, ""), name
+        return compile_model(model, self.args.limits()), name
 
     @property
     def is_judged(self) -> bool:
@@ -99,12 +100,4 @@ class WeightSource:
             load_from_ft(model, self.ft, self.config, mapping)
         else:
             load_from_hf_qwen(model, self.args.hf_model_dir, self.config, mapping)
-        return self._compile(model, self.scheme.algo)
-
-    def _compile(self, model: QWenForCausalLM, quant_algo: str) -> Engine:
-        builder = Builder()
-        network = builder.create_network()
-        network.set_named_parameters(model.named_parameters())
-        with net_guard(network):
-            model(**model.prepare_inputs(self.args.tokens_per_block))
-        return builder.build_engine(network, builder.create_builder_config(model, self.args.limits(), quant_algo))
+        return compile_model(model, self.args.limits(), self.scheme.algo)
