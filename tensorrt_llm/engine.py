@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 
+from .disk import check_room
 from .dtype import PRECISIONS, itemsize, torch_dtype
 from .limits import LARGEST_COUNT, Limits
 from .plan import Plan, TensorSpec
@@ -208,12 +209,7 @@ class Engine:
         """
         partial = path.with_name(f".{path.name}.partial")
         try:
-            free = os.statvfs(path.parent)
-            if self.weight_bytes > free.f_bavail * free.f_frsize:
-                raise ValueError(
-                    f"{path.parent}: the engine takes {self.weight_bytes / 2**30:.2f} GiB, "
-                    f"only {free.f_bavail * free.f_frsize / 2**30:.2f} GiB are free"
-                )
+            check_room(path.parent, self.weight_bytes, "engine")
             with partial.open("wb") as file:
                 self._write(file, on_weight)
                 file.flush()

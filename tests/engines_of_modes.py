@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models_for_tests import compile_model, make_config
+from compiling.compile_model import compile_model
+from models_for_tests import LIMITS, make_config
 
 from tensorrt_llm import Builder, Engine, Mapping
 from tensorrt_llm.dtype import torch_dtype
@@ -32,7 +33,7 @@ def engine_of_mode(
     for _, parameter in model.named_parameters():
         kind = torch_dtype(parameter.dtype)
         parameter.value = torch.full(parameter.shape, int(kind.is_floating_point), dtype=kind)
-    engine = compile_model(model)
+    engine = compile_model(model, LIMITS)
     return Engine(replace(engine.config, quant_algo=algo), engine.plan, engine.weights)
 
 

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from compiling.compile_model import compile_model
 from weight import load_from_hf_qwen
 
-from tensorrt_llm import Builder, Engine, Limits, Mapping, Module, Network, net_guard
+from tensorrt_llm import Engine, Limits, Mapping, Module, Network, net_guard
 from tensorrt_llm.models import QWenConfig, QWenForCausalLM
 from tensorrt_llm.passes import optimize
 from tensorrt_llm.runtime import GenerationSession, Session
@@ -59,12 +60,6 @@ def describe_config(config: QWenConfig, dtype: str = "float32", *, optimized: bo
     if optimized:
         optimize(network)
     return network
-
-
-def compile_model(model: QWenForCausalLM, limits: Limits = LIMITS) -> Engine:
-    builder = Builder()
-    network = describe(model, limits.tokens_per_block)
-    return builder.build_engine(network, builder.create_builder_config(model, limits))
 
 
 def make_engine(config: QWenConfig | None = None, dtype: str = "float32", limits: Limits = LIMITS) -> Engine:

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from checkpoint.quantized_checkpoint import QuantizedCheckpoint, open_quantized_checkpoint
 from checkpoints import write_qwen1_checkpoint, write_qwen2_checkpoint
+from compiling.compile_model import compile_model
 from hf_model import load_hf_model
-from models_for_tests import compile_model, on_cpu, random_prompts
-from quantized_checkpoint import QuantizedCheckpoint, open_quantized_checkpoint
+from models_for_tests import LIMITS, on_cpu, random_prompts
 from quantized_folders import Tensors
 from safetensors.torch import load_file, save_file
 from weight import load_from_quantized
@@ -54,7 +55,7 @@ def model_of(checkpoint: QuantizedCheckpoint, config: QWenConfig, dtype: str, ma
 def engine_of(path: Path, folder: Path, dtype: str = "float32") -> Engine:
     """The engine of the quantized weights at `path`; config.json is in `folder`."""
     checkpoint = open_quantized_checkpoint(path)
-    return compile_model(model_of(checkpoint, config_of(folder), dtype, Mapping()))
+    return compile_model(model_of(checkpoint, config_of(folder), dtype, Mapping()), LIMITS)
 
 
 def weights_of(path: Path, folder: Path, tp_size: int = 1) -> list[Tensors]:

@@ -16,9 +16,17 @@ MODULES = {
     for file in sorted(PACKAGE.rglob("*.py"))
 }
 
+PORT = ROOT / "examples" / "qwen"
+PORT_MODULES = {
+    ".".join(file.relative_to(PORT).with_suffix("").parts).removesuffix(".__init__"): file
+    for file in sorted(PORT.rglob("*.py"))
+}
+FILES = MODULES | PORT_MODULES
+
 # Each part of the package and the parts it may import. A part is a file or a folder right under the package; the files
 # of `quantization` are parts of their own: what describes networks must not come with what engines say of themselves.
 ALLOWED = {
+    "disk": set(),
     "dtype": set(),
     "limits": set(),
     "mapping": set(),
@@ -52,7 +60,7 @@ ALLOWED = {
     "layers": {"functional", "module", "network", "parameter"},
     "models": {"functional", "layers", "mapping", "module", "network", "quantization", "quantization.layers"},
     "passes": {"network"},
-    "engine": {"dtype", "limits", "plan", "quantization.mode", "verdict"},
+    "engine": {"disk", "dtype", "limits", "plan", "quantization.mode", "verdict"},
     "builder": {"engine", "limits", "mapping", "network", "parameter", "passes", "quantization.mode"},
     "kernels": {"dtype", "quantization.quantize"},
     "runtime": {"dtype", "engine", "kernels", "limits", "plan", "tokenizer", "verdict"},
@@ -63,13 +71,23 @@ LATE = {
     ("tensorrt_llm.kernels", "tensorrt_llm.kernels.cpu"),
     ("tensorrt_llm.kernels", "tensorrt_llm.kernels.cuda"),  # imports triton
 }
+# Each folder of the port and what else of the port it may import: folders, or modules beside them. Scripts are none.
+PORT_ALLOWED = {
+    "checkpoint": set(),
+    "ft": {"checkpoint"},
+    "texts": {"chat_prompt", "token_files"},
+    "compiling": {"checkpoint", "command_line", "dummy_weights", "ft", "host_memory", "texts", "weight"},
+    "calibration": {"checkpoint", "compiling", "weight"},
+    "summary": {"backends", "table", "texts"},
+    "benchmarking": {"backends", "chat_prompt", "command_line", "summary", "table"},
+}
 TORCH_FREE = ("request", "kv_cache", "scheduler", "batch")
 
 
 def imports_of(name: str, nodes: list[ast.stmt]) -> set[str]:
     """Modules that these statements import, absolute; `from package import module` counts as the module."""
     found: set[str] = set()
-    is_package = MODULES[name].name == "__init__.py"
+    is_package = FILES[name].name == "__init__.py"
     for node in nodes:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
@@ -78,14 +96,14 @@ def imports_of(name: str, nodes: list[ast.stmt]) -> set[str]:
             above = parents[: len(parents) - node.level + 1] if node.level else []
             base = ".".join([*above, *([node.module] if node.module else [])])
             for alias in node.names:
-                found.add(f"{base}.{alias.name}" if f"{base}.{alias.name}" in MODULES else base)
+                found.add(f"{base}.{alias.name}" if f"{base}.{alias.name}" in FILES else base)
     return found
 
 
 def executed_at_import(name: str) -> list[ast.stmt]:
     """Import statements outside of functions and of `if TYPE_CHECKING`."""
     statements: list[ast.stmt] = []
-    pending: list[ast.AST] = list(ast.parse(MODULES[name].read_text()).body)
+    pending: list[ast.AST] = list(ast.parse(FILES[name].read_text()).body)
     while pending:
         node = pending.pop()
         if isinstance(node, ast.Import | ast.ImportFrom):
@@ -98,7 +116,7 @@ def executed_at_import(name: str) -> list[ast.stmt]:
 
 
 def all_imports(name: str) -> list[ast.stmt]:
-    return [node for node in ast.walk(ast.parse(MODULES[name].read_text())) if isinstance(node, ast.stmt)]
+    return [node for node in ast.walk(ast.parse(FILES[name].read_text())) if isinstance(node, ast.stmt)]
 
 
 def part_of(module: str) -> str:
@@ -126,6 +144,28 @@ def test_there_are_no_import_cycles() -> None:
 
 def test_the_parts_themselves_form_no_cycle() -> None:
     TopologicalSorter(ALLOWED).prepare()
+
+
+def port_imports(name: str) -> set[str]:
+    """Modules of the port that a module of it imports, inside of functions too."""
+    return imports_of(name, all_imports(name)) & set(PORT_MODULES) - {name}
+
+
+@pytest.mark.parametrize("folder", sorted({file.parent.name for file in PORT_MODULES.values()} - {PORT.name}))
+def test_a_folder_of_the_port_imports_only_what_it_may(folder: str) -> None:
+    members = [name for name in PORT_MODULES if name.partition(".")[0] == folder]
+    imported = {module.partition(".")[0] for name in members for module in port_imports(name)}
+    assert imported - {folder} <= PORT_ALLOWED[folder]
+
+
+def test_the_port_has_no_import_cycle_of_modules_or_folders() -> None:
+    modules = {name: port_imports(name) for name in PORT_MODULES}
+    TopologicalSorter(modules).prepare()  # raises CycleError
+    parts: dict[str, set[str]] = {}
+    for name, imported in modules.items():
+        part = name.partition(".")[0]
+        parts.setdefault(part, set()).update({module.partition(".")[0] for module in imported} - {part})
+    TopologicalSorter(parts).prepare()
 
 
 @pytest.mark.parametrize("name", TORCH_FREE)

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "examples" / "qwen")]
 
 import torch  # noqa: E402
+from benchmarking.read_rate import measure_read_rate  # noqa: E402
 from command_line import flag, log_level_flag, run_script  # noqa: E402
 from table import markdown_table  # noqa: E402
 
@@ -86,7 +87,7 @@ def main(args: CheckArgs) -> int:
     if not torch.cuda.is_available():
         raise ValueError("no CUDA device that torch can use; this check is for a machine with an NVIDIA GPU")
     tests_passed = None if args.skip_tests else run_tests()
-    read_rate = measure_read_rate(args.repeats)
+    read_rate = measure_read_rate(torch.device(DEVICE), args.repeats)
     with torch.inference_mode():
         timings = [time_work(work, args.repeats) for work in all_work(args.dtype)]
     rows = [
@@ -117,12 +118,6 @@ def run_tests() -> bool:
     """Tests of kernels and runtime on the device, in a process of its own: a crash there must not end the timings."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels", "tests/runtime"]
     return subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}).returncode == 0
-
-
-def measure_read_rate(repeats: int) -> float:
-    """Bytes per second at which this GPU reads 4 GiB: torch's maximum, which writes next to nothing."""
-    data = torch.zeros(2**30, dtype=torch.float32, device=DEVICE)
-    return data.numel() * 4 / (time_chain([data.max], repeats) * 1e-6)
 
 
 def time_work(work: Work, repeats: int) -> Timing:

@@ -30,12 +30,12 @@ CHECKPOINT = EXAMPLES / "tiny_qwen_chat"
 sys.path[:0] = [str(ROOT), str(EXAMPLES)]
 
 import torch  # noqa: E402
-from articles import BUNDLED_ARTICLES, load_articles  # noqa: E402
 from backends import DATA_TYPES, Backend, EngineBackend, HfBackend  # noqa: E402
 from command_line import flag, log_level_flag, run_script  # noqa: E402
-from rouge import new_scorer  # noqa: E402
 from summarize import Task, make_tasks  # noqa: E402
+from summary.rouge import new_scorer  # noqa: E402
 from table import markdown_table  # noqa: E402
+from texts.articles import BUNDLED_ARTICLES, load_articles  # noqa: E402
 
 from tensorrt_llm import Engine  # noqa: E402
 from tensorrt_llm.runtime.session import pick_device  # noqa: E402

@@ -22,15 +22,17 @@ from pathlib import Path
 # A bare checkout works too, as on a GPU machine where nothing is installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from accuracy import Examination, accuracy_text, gate_for  # noqa: E402
-from build_args import BuildArgs  # noqa: E402
-from build_estimate import Estimate, gib, peak_host_bytes  # noqa: E402
 from command_line import run_script  # noqa: E402
+from compiling.accuracy import Examination, accuracy_text, gate_for  # noqa: E402
+from compiling.args import BuildArgs  # noqa: E402
+from compiling.estimate import Estimate  # noqa: E402
+from compiling.weight_source import WeightSource  # noqa: E402
+from host_memory import peak_host_bytes  # noqa: E402
 from staging import publish, staging_dir  # noqa: E402
 from tqdm import tqdm  # noqa: E402
-from weight_source import WeightSource  # noqa: E402
 
 from tensorrt_llm import Builder, Engine  # noqa: E402
+from tensorrt_llm.disk import check_room, gib  # noqa: E402
 from tensorrt_llm.runtime.session import pick_device  # noqa: E402
 from tensorrt_llm.verdict import Verdict  # noqa: E402
 
@@ -46,7 +48,7 @@ def main(args: BuildArgs) -> None:
     if args.dry_run:
         print(estimate)
         return
-    estimate.check_disk(args.output_dir)
+    check_room(args.output_dir, estimate.disk, "engine")
     with staging_dir(args.output_dir) as staging:
         verdict = judge(source)
         for engine in engines:

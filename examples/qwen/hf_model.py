@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hf_checkpoint import HfCheckpoint
+from checkpoint.hf_checkpoint import HfCheckpoint
 from transformers import GenerationConfig, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 from weight import check_complete
 

@@ -2,13 +2,12 @@
 
     python hf_qwen_convert.py -i Qwen-7B-Chat -o ft/7b --smoothquant auto
 
-With --smoothquant the folder holds int8 weights and all that SmoothQuant needs, calibrated on text; ft_layout.py says
+With --smoothquant the folder holds int8 weights and all that SmoothQuant needs, calibrated on text; ft/layout.py says
 what lies where. Weights stream layer by layer: host memory stays at a few tensors, whatever the model's size.
 """
 
 import json
 import math
-import shutil
 import sys
 import time
 from collections.abc import Generator, Iterable
@@ -21,23 +20,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from build_estimate import gib, peak_host_bytes  # noqa: E402
-from calibration_text import (  # noqa: E402
+from calibration.float_engine import float_engine  # noqa: E402
+from checkpoint.hf_checkpoint import HfCheckpoint  # noqa: E402
+from command_line import flag, log_level_flag, run_script  # noqa: E402
+from ft.export import FtExport, Observed  # noqa: E402
+from ft.folder import CALIBRATION_FILE, CONFIG_FILE, FtFolder, write_config  # noqa: E402
+from host_memory import peak_host_bytes  # noqa: E402
+from staging import staging_dir  # noqa: E402
+from texts.calibration_text import (  # noqa: E402
     BUNDLED_TEXT,
     CalibrationText,
     load_calibration_text,
     needs_tokenizer,
 )
-from command_line import flag, log_level_flag, run_script  # noqa: E402
-from float_engine import float_engine  # noqa: E402
-from ft_export import FtExport, Observed  # noqa: E402
-from ft_folder import CALIBRATION_FILE, CONFIG_FILE, FtFolder, write_config  # noqa: E402
-from hf_checkpoint import HfCheckpoint  # noqa: E402
-from staging import staging_dir  # noqa: E402
 from token_files import write_npy  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 from weight import check_complete  # noqa: E402
 
+from tensorrt_llm.disk import check_room, gib  # noqa: E402
 from tensorrt_llm.dtype import PRECISIONS  # noqa: E402
 from tensorrt_llm.models import QWenConfig  # noqa: E402
 from tensorrt_llm.models.qwen.config import QWEN1, QWEN2  # noqa: E402
@@ -177,9 +177,7 @@ def check_target(target: Path, folder: FtFolder) -> None:
     """There must be room, and what the folder replaces must be an FT folder."""
     if target.exists() and not (target.is_dir() and ((target / CONFIG_FILE).exists() or not any(target.iterdir()))):
         raise ValueError(f"{target}: exists and has no {CONFIG_FILE}, expected an FT folder to replace, or a free name")
-    free = shutil.disk_usage(target.parent).free
-    if free < folder.num_bytes:
-        raise ValueError(f"{target}: the folder takes {gib(folder.num_bytes)}, the disk has {gib(free)} free")
+    check_room(target, folder.num_bytes, "folder")
 
 
 def calibration_text(args: ConvertArgs, config: QWenConfig) -> CalibrationText:

@@ -6,7 +6,6 @@ Writes a folder that tools for published INT4 checkpoints read, and build.py (--
 holds the activations of the calibration text and a few tensors, whatever the model's size.
 """
 
-import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -16,19 +15,20 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch  # noqa: E402
-from awq_layers import Awq  # noqa: E402
-from build_estimate import gib, peak_host_bytes  # noqa: E402
-from calibrated_layers import Calibration  # noqa: E402
-from calibration_text import BUNDLED_TEXT, load_calibration_text, needs_tokenizer  # noqa: E402
+from calibration.awq_layers import Awq  # noqa: E402
+from calibration.calibrated_layers import Calibration  # noqa: E402
+from calibration.float_engine import float_engine  # noqa: E402
+from calibration.gptq_layers import Gptq  # noqa: E402
+from calibration.int4_packing import Int4Format, awq_format, gptq_format  # noqa: E402
+from calibration.quantized_folder import FolderWriter, check_sizes, estimate_bytes  # noqa: E402
+from checkpoint.hf_checkpoint import HfCheckpoint  # noqa: E402
 from command_line import flag, log_level_flag, run_script  # noqa: E402
-from float_engine import float_engine  # noqa: E402
-from gptq_layers import Gptq  # noqa: E402
-from hf_checkpoint import HfCheckpoint  # noqa: E402
-from int4_packing import Int4Format, awq_format, gptq_format  # noqa: E402
-from quantized_folder import FolderWriter, check_sizes, estimate_bytes  # noqa: E402
+from host_memory import peak_host_bytes  # noqa: E402
 from staging import staging_dir  # noqa: E402
+from texts.calibration_text import BUNDLED_TEXT, load_calibration_text, needs_tokenizer  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+from tensorrt_llm.disk import check_room, gib  # noqa: E402
 from tensorrt_llm.dtype import PRECISIONS, torch_dtype  # noqa: E402
 from tensorrt_llm.models import QWenConfig  # noqa: E402
 from tensorrt_llm.runtime.session import pick_device  # noqa: E402
@@ -127,9 +127,7 @@ def check_target(args: QuantizeArgs, config: QWenConfig) -> None:
     existing = next(folder for folder in path.absolute().parents if folder.exists())
     if not existing.is_dir():
         raise ValueError(f"--export_path {path} lies in {existing}, which is a file, expected a folder")
-    needed, free = estimate_bytes(config, args.columns_per_group, args.dtype), shutil.disk_usage(existing).free
-    if free < needed:
-        raise ValueError(f"--export_path {path}: the folder takes {gib(needed)}, the disk has {gib(free)} free")
+    check_room(path, estimate_bytes(config, args.columns_per_group, args.dtype), "folder")
 
 
 def calibration_texts(args: QuantizeArgs, config: QWenConfig) -> list[list[int]]:

@@ -22,16 +22,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch  # noqa: E402
-from articles import BUNDLED_ARTICLES, Article, load_articles  # noqa: E402
 from backends import DATA_TYPES, Backend, EngineBackend, HfBackend  # noqa: E402
 from chat_prompt import stop_words_for  # noqa: E402
 from command_line import flag, log_level_flag, run_script  # noqa: E402
-from engine_folders import EngineFolder, find_engines  # noqa: E402
-from rouge import new_scorer  # noqa: E402
-from summary_chart import new_figure, write_chart  # noqa: E402
-from summary_exam import Exam, take_exam  # noqa: E402
-from summary_table import Figures, Run, summary_table  # noqa: E402
-from summary_tasks import Task, make_tasks  # noqa: E402
+from summary.chart import new_figure, write_chart  # noqa: E402
+from summary.engine_folders import EngineFolder, find_engines  # noqa: E402
+from summary.exam import Exam, take_exam  # noqa: E402
+from summary.figures import Figures, Run, summary_table  # noqa: E402
+from summary.rouge import new_scorer  # noqa: E402
+from summary.tasks import Task, make_tasks  # noqa: E402
+from texts.articles import BUNDLED_ARTICLES, Article, load_articles  # noqa: E402
 
 from tensorrt_llm import Engine  # noqa: E402
 from tensorrt_llm.models import QWenConfig  # noqa: E402

@@ -1,9 +1,9 @@
 """Hands the weights of a Qwen checkpoint, quantized or not, to a QWenForCausalLM, tensor by tensor, for one rank.
 
-weight_map.py says where every parameter comes from and how ranks share it. Before anything is loaded, the checkpoint's
-headers are held against it: names, shapes and dtypes must all be right. Loading itself happens later, when the
-engine is written: each parameter gets a function that reads its own rows or columns and nothing else.
-Does not know dtypes of engines (Parameter casts) nor file formats (hf_checkpoint.py and quantized_checkpoint.py read).
+checkpoint/weight_map.py says where every parameter comes from and how ranks share it. Before anything is loaded, the
+checkpoint's headers are held against it: names, shapes and dtypes must all be right. Loading itself happens later, when
+the engine is written: each parameter gets a function that reads its own rows or columns and nothing else.
+Does not know dtypes of engines (Parameter casts) nor file formats (checkpoint/ reads).
 """
 
 import logging
@@ -14,10 +14,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from hf_checkpoint import READABLE_DTYPES, HfCheckpoint, TensorInfo
-from packed_linear import PackedLinear
-from quantized_checkpoint import QuantizedCheckpoint
-from weight_map import Share, Source, origins_of
+from checkpoint.hf_checkpoint import READABLE_DTYPES, HfCheckpoint, TensorInfo
+from checkpoint.packed_linear import PackedLinear
+from checkpoint.quantized_checkpoint import QuantizedCheckpoint
+from checkpoint.weight_map import Share, Source, origins_of
 
 from tensorrt_llm.dtype import is_floating
 from tensorrt_llm.mapping import Mapping

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import struct
 import weakref
 from collections.abc import Callable
@@ -12,8 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from compiling.compile_model import compile_model
 from engine_files import EngineParts, rewrite
-from models_for_tests import compile_model, make_config, make_engine, on_cpu, random_prompts
+from models_for_tests import LIMITS, make_config, make_engine, on_cpu, random_prompts
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -123,7 +125,7 @@ def test_weights_are_read_one_at_a_time(tmp_path: Path) -> None:
 
     for _, parameter in model.named_parameters():
         parameter.set_loader(partial(load, parameter.shape))
-    compile_model(model).save(tmp_path / "engine")
+    compile_model(model, LIMITS).save(tmp_path / "engine")
     assert alive == [0] * len(read)
 
 
@@ -151,7 +153,7 @@ def test_an_engine_of_several_ranks_is_found_by_rank_and_not_run(tmp_path: Path)
         model = QWenForCausalLM(make_config(), "float32", Mapping(2, rank, tp_size=2))
         for _, parameter in model.named_parameters():
             parameter.value = torch.full(parameter.shape, float(rank))
-        engines.append(compile_model(model))
+        engines.append(compile_model(model, LIMITS))
         engines[-1].save(tmp_path / engines[-1].config.engine_name)
     Builder.save_config(engines[0].config, tmp_path / "config.json")
     assert [Engine.from_dir(tmp_path, rank).config.rank for rank in range(2)] == [0, 1]
@@ -173,7 +175,7 @@ def failing_engine(failure: BaseException) -> Engine:
                 raise failure
 
             parameter.set_loader(fail)
-    return compile_model(model)
+    return compile_model(model, LIMITS)
 
 
 @pytest.mark.parametrize("failure", [ValueError("shard is damaged"), KeyboardInterrupt(), OSError(5, "I/O error")])
@@ -191,18 +193,16 @@ def test_a_failed_save_leaves_the_engine_before_it_as_it_was(path: Path) -> None
 
 
 def test_a_parameter_without_data_is_named(tmp_path: Path) -> None:
-    engine = compile_model(QWenForCausalLM(make_config(), "float32"))
+    engine = compile_model(QWenForCausalLM(make_config(), "float32"), LIMITS)
     with pytest.raises(ValueError, match="parameter vocab_embedding.weight has no data"):
         engine.save(tmp_path / "engine")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_full_disk_is_seen_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Full:
-        f_bavail, f_frsize = 1, 1
-
-    monkeypatch.setattr(os, "statvfs", lambda path: Full)
-    with pytest.raises(ValueError, match="the engine takes .* are free"):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(ValueError, match="the engine takes .* the disk has 0.00 GiB free"):
         make_engine().save(tmp_path / "engine")
     assert list(tmp_path.iterdir()) == []
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoint.quantized_checkpoint import open_quantized_checkpoint
 from checkpoints import write_qwen1_checkpoint
-from quantized_checkpoint import open_quantized_checkpoint
 from quantized_folders import Tensors, linears_of, write_ammo, write_dequantized
 from quantized_models import (
     SHAPE,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import datasets
 import pytest
-from articles import BUNDLED_ARTICLES, Article, load_articles
+from texts.articles import BUNDLED_ARTICLES, Article, load_articles
 
 ROWS = [{"article": f"Article {i}.\u2028Still {i}.", "highlights": f"Highlight {i}.", "id": str(i)} for i in range(5)]
 

@@ -1,4 +1,4 @@
-"""Speed figures: what is computed from which times, on which prompts, and what is refused."""
+"""benchmark.py from its flags to its table, files and charts, on small engines; and what it refuses."""
 
 import json
 import os
@@ -10,37 +10,23 @@ from typing import Any
 
 import pytest
 import torch
-from benchmark import BenchmarkArgs, Figures, Shape, measure_backend, random_prompts, seconds_since_process_start
+from benchmark import BenchmarkArgs, Candidate, measure_candidate, seconds_since_process_start
 from benchmark import main as benchmark
+from benchmarking.workload import Shape, Workload, equal_requests
 from build import main as build
-from build_args import BuildArgs
 from checkpoints import write_qwen1_checkpoint
 from command_line import run_script
-
-from tensorrt_llm.runtime import SamplingConfig
+from compiling.args import BuildArgs
+from timed_backends import TimedBackend
 
 ROOT = Path(__file__).resolve().parents[2]
+READ_RATE = 1e9
 
 
-class FakeBackend:
-    """Takes one second for a prompt and a quarter for every further token, on a clock that the test moves."""
-
-    name = "fake"
-    device = torch.device("cpu")
-    vocab_size = 11
-
-    def __init__(self) -> None:
-        self.now = 100.0
-        self.calls: list[tuple[int, int, int]] = []
-
-    def generate(self, prompts: Any, sampling: SamplingConfig) -> list[list[int]]:
-        count = sampling.for_sequence(0, 1).max_new_tokens
-        self.calls.append((len(prompts), len(prompts[0]), count))
-        self.now += 1.0 + 0.25 * (count - 1)
-        return [[1] * count for _ in prompts]
-
-    def logits(self, ids: list[int]) -> torch.Tensor:
-        raise NotImplementedError
+@pytest.fixture(autouse=True)
+def known_read_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measuring it takes a GiB."""
+    monkeypatch.setattr("benchmark.measure_read_rate", lambda device: READ_RATE)
 
 
 @pytest.fixture(scope="module")
@@ -50,50 +36,36 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def engine_dir(checkpoint: Path) -> Path:
-    folder = checkpoint.parent / "engine"
-    build(
-        BuildArgs(
-            hf_model_dir=checkpoint,
-            output_dir=folder,
-            dtype="float32",
-            max_batch_size=2,
-            max_input_len=16,
-            max_output_len=8,
-        )
-    )
+    return build_engine(checkpoint, checkpoint.parent / "engine")
+
+
+def build_engine(checkpoint: Path, folder: Path, **flags: Any) -> Path:
+    limits = {"max_batch_size": 2, "max_input_len": 16, "max_output_len": 8}
+    build(BuildArgs(hf_model_dir=checkpoint, output_dir=folder, dtype="float32", **limits, **flags))
     return folder
 
 
-def test_decode_speed_leaves_out_the_time_to_the_first_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    backend = FakeBackend()
-    monkeypatch.setattr(time, "perf_counter", lambda: backend.now)
-    args = BenchmarkArgs(batch_size=[3], input_len=[7], output_len=[9])
-    (figures,) = measure_backend(lambda: backend, args, is_first=False)
-    # 3 * 8 tokens in 8 steps of a quarter, and 3 * 16 in the 3 seconds of the whole run.
-    assert (figures.first_token_seconds, figures.decode_tokens_per_second, figures.tokens_per_second) == (1.0, 12, 16)
+def write_lengths(folder: Path, *lengths: tuple[int, int]) -> Path:
+    path = folder / "lengths.json"
+    path.write_text(json.dumps([{"input_len": first, "output_len": second} for first, second in lengths]))
+    return path
 
 
-def test_runs_to_warm_up_come_before_those_that_count() -> None:
-    backend = FakeBackend()
-    args = BenchmarkArgs(batch_size=[2], input_len=[7], output_len=[9], warm_up=2, repeats=3)
-    measure_backend(lambda: backend, args, is_first=True)
-    assert backend.calls == [(1, 7, 2)] + [(2, 7, 1)] * 5 + [(2, 7, 9)] * 5
+def cells_of(table: str) -> list[list[str]]:
+    """The header and the rows of what was printed."""
+    lines = [line for line in table.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
 
 
-def test_a_run_of_one_token_has_no_decode_speed() -> None:
-    figures = Figures("x", Shape(1, 8, 1), 0.5, 0.6, None, None)
-    assert figures.decode_tokens_per_second is None
+def png_size(path: Path) -> int:
+    raw = path.read_bytes()
+    assert raw.startswith(b"\x89PNG")
+    return len(raw)
 
 
 def test_lists_stand_side_by_side_and_one_value_is_for_all() -> None:
     args = BenchmarkArgs(batch_size=[1, 32], input_len=[128], output_len=[128, 64])
     assert args.shapes() == [Shape(1, 128, 128), Shape(32, 128, 64)]
-
-
-def test_prompts_are_random_and_the_same_every_time() -> None:
-    prompts = random_prompts(Shape(3, 50, 1), vocab_size=11, seed=0)
-    assert prompts == random_prompts(Shape(3, 50, 1), vocab_size=11, seed=0)
-    assert prompts[0] != prompts[1] and {token for prompt in prompts for token in prompt} == set(range(11))
 
 
 def test_the_time_since_the_process_started_counts_what_was_before_python() -> None:
@@ -118,7 +90,7 @@ def test_both_backends_stand_in_one_table(
     benchmark(
         BenchmarkArgs(
             backend="both",
-            engine_dir=engine_dir,
+            engine_dir=[engine_dir],
             hf_model_dir=checkpoint,
             data_type="fp32",
             batch_size=[1, 2],
@@ -129,8 +101,8 @@ def test_both_backends_stand_in_one_table(
             output_json=tmp_path / "figures.json",
         )
     )
-    rows = [[cell.strip() for cell in line.split("|")[1:5]] for line in capsys.readouterr().out.splitlines()[4:]]
-    assert rows == [
+    _, *rows = cells_of(capsys.readouterr().out)
+    assert [row[:4] for row in rows] == [
         ["trt_llm float32", "1", "8", "4"],
         ["trt_llm float32", "2", "8", "4"],
         ["HF float32", "1", "8", "4"],
@@ -139,6 +111,94 @@ def test_both_backends_stand_in_one_table(
     runs = json.loads((tmp_path / "figures.json").read_text())["runs"]
     assert [run["ready_seconds"] is not None for run in runs] == [True, True, False, False]
     assert all(run["decode_tokens_per_second"] > 0 for run in runs)
+    assert all(run["read_bytes_per_second"] == READ_RATE and run["roofline_share"] > 0 for run in runs)
+    # Engine and Hugging Face hold the same weights in the same dtype.
+    assert [run["step_bytes"] for run in runs[:2]] == [run["step_bytes"] for run in runs[2:]]
+
+
+def test_a_dataset_is_served_at_every_batch_size_and_compared_with_the_fastest_hugging_face(
+    checkpoint: Path, engine_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    benchmark(
+        BenchmarkArgs(
+            backend="both",
+            engine_dir=[engine_dir],
+            hf_model_dir=checkpoint,
+            data_type="fp32",
+            dataset=[write_lengths(tmp_path, (5, 3), (16, 8), (1, 1), (9, 4))],
+            trt_max_batch_size=[1, 2],
+            hf_max_batch_size=[1, 4],
+            hf_repeats=1,
+            device="cpu",
+            output_json=tmp_path / "figures.json",
+            output_markdown=tmp_path / "table.md",
+            output_chart=tmp_path,
+        )
+    )
+    printed = capsys.readouterr().out
+    assert (tmp_path / "table.md").read_text() == printed
+    header, *rows = cells_of(printed)
+    assert [row[:5] for row in rows] == [
+        ["trt_llm float32", "4 of lengths", "1", "7.75", "4"],
+        ["trt_llm float32", "4 of lengths", "2", "7.75", "4"],
+        ["HF float32", "4 of lengths", "1", "7.75", "4"],
+        ["HF float32", "4 of lengths", "4", "7.75", "4"],
+    ]
+    assert "decode tokens/s" not in header, "a dataset has no decode speed, and so no column for it"
+    ratios = [float(row[header.index("x HF")]) for row in rows]
+    assert max(ratios[2:]) == 1
+    runs = json.loads((tmp_path / "figures.json").read_text())["runs"]
+    assert [len(run["run_seconds"]) for run in runs] == [3, 3, 1, 1]
+    assert all((run["input_tokens"], run["output_tokens"]) == (31, 16) for run in runs)
+    assert all(png_size(tmp_path / f"{name}.png") for name in ("requests_per_second", "tokens_per_second"))
+
+
+def test_an_engine_without_a_batch_size_takes_its_own(
+    engine_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dataset = [write_lengths(tmp_path, (5, 3), (2, 2), (4, 1))]
+    benchmark(BenchmarkArgs(engine_dir=[engine_dir], dataset=dataset, num_prompts=2, device="cpu"))
+    assert cells_of(capsys.readouterr().out)[1][:3] == ["trt_llm float32", "2 of lengths", "2"]
+
+
+def test_sharegpt_needs_its_tokenizer_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chat = ROOT / "examples" / "qwen" / "tiny_qwen_chat"
+    dataset = tmp_path / "talks.json"
+    turns = [{"from": "human", "value": "你好，请问你叫什么？"}, {"from": "gpt", "value": "我叫通义千问。"}]
+    dataset.write_text(json.dumps([{"conversations": turns}] * 3))
+    limits = {"max_batch_size": 2, "max_input_len": 64, "max_output_len": 64}
+    build(BuildArgs(hf_model_dir=chat, output_dir=tmp_path / "engine", dtype="float32", **limits))
+    flags = {"dataset": [dataset], "num_prompts": 2, "tokenizer_dir": chat, "device": "cpu", "repeats": 1}
+    benchmark(BenchmarkArgs(engine_dir=[tmp_path / "engine"], **flags))
+    assert cells_of(capsys.readouterr().out)[-1][1] == "2 of talks"
+
+
+def test_several_engines_are_rows_of_one_table(
+    checkpoint: Path, engine_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = build_engine(checkpoint, tmp_path / "int8", use_weight_only=True, allow_accuracy_loss=True)
+    capsys.readouterr()
+    flags = {"input_len": [8], "output_len": [4], "repeats": 1, "device": "cpu"}
+    benchmark(BenchmarkArgs(engine_dir=[engine_dir, other], output_json=tmp_path / "figures.json", **flags))
+    rows = cells_of(capsys.readouterr().out)[1:]
+    assert [row[0] for row in rows] == ["trt_llm float32", "trt_llm float32 W8A16"]
+    runs = json.loads((tmp_path / "figures.json").read_text())["runs"]
+    assert runs[1]["step_bytes"] < runs[0]["step_bytes"]
+
+
+def test_files_of_several_measurements_make_one_table_and_its_charts(
+    engine_dir: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags: dict[str, Any] = {"input_len": [8], "output_len": [4], "repeats": 1, "device": "cpu"}
+    files = [tmp_path / "engine.json", tmp_path / "hf.json"]
+    benchmark(BenchmarkArgs(engine_dir=[engine_dir], output_json=files[0], **flags))
+    benchmark(BenchmarkArgs(backend="hf", hf_model_dir=checkpoint, output_json=files[1], **flags))
+    capsys.readouterr()
+    benchmark(BenchmarkArgs(from_json=files, output_chart=tmp_path / "both.png"))
+    header, *rows = cells_of(capsys.readouterr().out)
+    assert [row[0] for row in rows] == ["trt_llm float32", "HF float16"]
+    assert float(rows[0][header.index("x HF")]) > 0
+    assert png_size(tmp_path / "both_requests_per_second.png") and png_size(tmp_path / "both_tokens_per_second.png")
 
 
 def test_dummy_weights_need_only_config_json(
@@ -160,6 +220,38 @@ def test_dummy_weights_need_only_config_json(
     assert "| HF bfloat16 " in capsys.readouterr().out
 
 
+def test_a_backend_is_ready_after_an_answer_of_two_tokens() -> None:
+    backend = TimedBackend()
+    candidate = Candidate(lambda: backend, [(equal_requests(Shape(3, 7, 9), 11, 0), 3)], repeats=1)
+    (first,) = measure_candidate(candidate, warm_up=0, planning_seconds=0.0)
+    assert backend.calls[0] == ("serve", 1, 2)
+    (later,) = measure_candidate(candidate, warm_up=0, planning_seconds=None)
+    assert first.ready_seconds and later.ready_seconds is None
+
+
+def test_a_batch_of_hugging_face_that_memory_does_not_hold_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    class SmallBackend(TimedBackend):
+        kind = "hf"
+
+        def serve(self, prompts: Any, output_lens: Any, batch_size: int, on_tokens: Any) -> None:
+            if batch_size > 1:
+                raise torch.OutOfMemoryError("a message of many lines")
+            super().serve(prompts, output_lens, batch_size, on_tokens)
+
+    workload = Workload(Path("lengths.json"), [[1], [2]], [2, 2])
+    rows = measure_candidate(Candidate(SmallBackend, [(workload, 2), (workload, 1)], repeats=1), 0, None)
+    assert [row.batch_size for row in rows] == [1]
+    assert [record.getMessage() for record in caplog.records] == ["timed, lengths, batch 2: out of memory, left out"]
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *flags: object) -> object:
+    """The exit code of a command line."""
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--device", "cpu", *map(str, flags)])
+    with pytest.raises(SystemExit) as exit_:
+        run_script(benchmark, BenchmarkArgs, None)
+    return exit_.value.code
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -169,7 +261,15 @@ def test_dummy_weights_need_only_config_json(
         (["--output_len", "0"], "--output_len is 0, expected at least 1"),
         (["--batch_size", "1", "2", "--input_len", "1", "2", "3"], "--batch_size has 2 values, expected 1, or 3"),
         (["--repeats", "0"], "--repeats is 0"),
+        (["--hf_repeats", "0"], "--hf_repeats is 0, expected at least 1"),
+        (["--num-prompts", "0"], "--num_prompts is 0, expected at least 1"),
+        (["--max-batch-size", "0"], "--trt_max_batch_size is 0, expected at least 1"),
+        (["--hf-max-batch-size", "-1"], "--hf_max_batch_size is -1, expected at least 1"),
         (["--backend", "both"], "--hf_model_dir is missing"),
+        (["--dataset", "nowhere.json"], "--dataset nowhere.json: cannot be read"),
+        (["--dataset", "a/x.json", "b/x.json"], "--dataset has two files called x"),
+        (["--from_json", "nowhere.json"], "--from_json nowhere.json: cannot be read"),
+        (["--output_json", str(ROOT)], f"--output_json {ROOT} is a folder, expected a file"),
     ],
 )
 def test_a_wrong_flag_is_one_line(
@@ -179,10 +279,52 @@ def test_a_wrong_flag_is_one_line(
     flags: list[str],
     message: str,
 ) -> None:
-    argv = ["benchmark.py", "--engine_dir", str(engine_dir), "--device", "cpu"]
-    argv += ["--input_len", "8", "--output_len", "2", *flags]
-    monkeypatch.setattr(sys, "argv", argv)
-    with pytest.raises(SystemExit) as exit_:
-        run_script(benchmark, BenchmarkArgs, None)
+    code = run(monkeypatch, "--engine_dir", engine_dir, "--input_len", "8", "--output_len", "2", *flags)
     (line,) = capsys.readouterr().err.splitlines()
-    assert exit_.value.code == 1 and message in line
+    assert code == 1 and message in line
+
+
+@pytest.mark.parametrize(
+    ("lengths", "message"),
+    [
+        ([(1, 1), (17, 1)], "input_len of request 1 is 17, expected at most 16 as"),
+        ([(1, 1), (2, 2), (16, 9)], "input_len of request 2 + output_len is 25, expected at most 24 as"),
+    ],
+)
+def test_a_request_beyond_an_engines_limits_is_named_before_anything_is_measured(
+    engine_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    lengths: list[tuple[int, int]],
+    message: str,
+) -> None:
+    path = write_lengths(tmp_path, *lengths)
+    assert run(monkeypatch, "--engine_dir", engine_dir, "--dataset", path) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"--dataset {path}: {message} {engine_dir}" in line
+
+
+def test_a_batch_beyond_an_engines_limit_is_refused_for_a_dataset_too(
+    engine_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_lengths(tmp_path, (1, 1))
+    assert run(monkeypatch, "--engine_dir", engine_dir, "--dataset", path, "--trt-max-batch-size", "1", "3") == 1
+    assert "--trt_max_batch_size is 3, expected at most 2 as" in capsys.readouterr().err
+
+
+def test_conversations_without_a_tokenizer_are_refused(
+    engine_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "talks.json"
+    path.write_text('[{"conversations": []}]')
+    assert run(monkeypatch, "--engine_dir", engine_dir, "--dataset", path) == 1
+    assert "--tokenizer_dir is missing" in capsys.readouterr().err
+
+
+def test_an_engine_of_another_model_is_refused(
+    engine_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = write_qwen1_checkpoint(tmp_path / "other", vocab=101)
+    assert run(monkeypatch, "--backend", "both", "--engine_dir", engine_dir, "--hf_model_dir", other) == 1
+    assert f"has a vocabulary of 97, expected 101 as {other} has" in capsys.readouterr().err

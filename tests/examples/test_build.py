@@ -13,9 +13,9 @@ from pathlib import Path
 import build
 import pytest
 import torch
-from build_args import BuildArgs
 from checkpoints import write_qwen1_checkpoint, write_qwen2_checkpoint
 from command_line import run_script
+from compiling.args import BuildArgs
 from models_for_tests import on_cpu, random_prompts
 from safetensors.torch import load_file, save_file
 

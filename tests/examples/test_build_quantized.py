@@ -8,9 +8,9 @@ from pathlib import Path
 import build
 import pytest
 import weight
-from build_args import BuildArgs
 from checkpoints import write_qwen1_checkpoint, write_qwen2_checkpoint
 from command_line import run_script
+from compiling.args import BuildArgs
 from models_for_tests import on_cpu, random_prompts
 from quantized_folders import Scheme, write_ammo, write_quantized
 

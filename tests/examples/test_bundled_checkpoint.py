@@ -4,11 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from articles import BUNDLED_ARTICLES, load_articles
 from chat_prompt import make_context, stop_words_for
 from models_for_tests import engine_from_checkpoint
-from rouge import new_scorer, score_summaries
-from summary_prompt import SYSTEM_PROMPT
+from summary.rouge import new_scorer, score_summaries
+from texts.articles import BUNDLED_ARTICLES, load_articles
+from texts.summary_prompt import SYSTEM_PROMPT
 
 from tensorrt_llm import Limits
 from tensorrt_llm.runtime import GenerationSession, ModelRunner, SamplingConfig, Session

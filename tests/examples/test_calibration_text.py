@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from articles import BUNDLED_ARTICLES
-from calibration_text import BUNDLED_TEXT, load_calibration_text, needs_tokenizer, random_text
+from texts.articles import BUNDLED_ARTICLES
+from texts.calibration_text import BUNDLED_TEXT, load_calibration_text, needs_tokenizer, random_text
 
 from tensorrt_llm.tokenizer import load_tokenizer
 

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_folders import find_engines
 from engines_of_modes import engine_of_mode, write_engine
+from summary.engine_folders import find_engines
 
 from tensorrt_llm import Engine
 from tensorrt_llm.quantization import QuantMode

@@ -10,11 +10,12 @@ import pytest
 import torch
 from checkpoints import write_qwen1_checkpoint, write_qwen2_checkpoint
 from command_line import parse
-from ft_folder import FtFolder
-from ft_weight import load_from_ft
+from compiling.compile_model import compile_model
+from ft.folder import FtFolder
+from ft.weight import load_from_ft
 from hf_model import load_hf_model
 from hf_qwen_convert import ConvertArgs
-from models_for_tests import compile_model, random_prompts
+from models_for_tests import LIMITS, random_prompts
 from weight import load_from_hf_qwen
 
 from tensorrt_llm import Engine, Mapping
@@ -126,8 +127,8 @@ def test_an_engine_from_the_folder_is_that_from_the_checkpoint(
     checkpoint: Path, kind: str, flags: tuple[object, ...]
 ) -> None:
     mode, layout = UNSMOOTHED_MODES[kind]
-    expected = compile_model(from_hf(checkpoint, mode, **layout))
-    found = compile_model(from_ft(checkpoint, convert(checkpoint, *flags), mode, **layout))
+    expected = compile_model(from_hf(checkpoint, mode, **layout), LIMITS)
+    found = compile_model(from_ft(checkpoint, convert(checkpoint, *flags), mode, **layout), LIMITS)
     assert found.plan == expected.plan
     assert_equal(dict(found.weights), dict(expected.weights))
     texts = random_prompts([5, 9], 97, seed=1)
@@ -232,7 +233,7 @@ def test_a_smoothed_engine_is_the_rounded_model(checkpoint: Path, kind: str) -> 
     mode = SMOOTHED_MODES[kind]
     root = convert(checkpoint, "-sq", 0.5)
     texts = random_prompts([7, 12, 20], 97, seed=1)
-    found = logits_of(compile_model(from_ft(checkpoint, root, mode, dtype="float32")), texts)
+    found = logits_of(compile_model(from_ft(checkpoint, root, mode, dtype="float32"), LIMITS), texts)
     with torch.no_grad():
         network = rounded_model(checkpoint, root / "1-gpu", mode)
         expected = torch.cat([network(torch.tensor([text])).logits[0] for text in texts])
@@ -246,8 +247,8 @@ def test_a_smoothed_engine_is_the_rounded_model(checkpoint: Path, kind: str) -> 
 def test_a_smoothed_engine_is_near_the_unquantized_one(checkpoint: Path, kind: str) -> None:
     root = convert(checkpoint, "-sq", 0.5)
     texts = random_prompts([24], 97)  # the first text of the calibration
-    found = logits_of(compile_model(from_ft(checkpoint, root, SMOOTHED_MODES[kind])), texts)
-    expected = logits_of(compile_model(from_hf(checkpoint, QuantMode(0))), texts)
+    found = logits_of(compile_model(from_ft(checkpoint, root, SMOOTHED_MODES[kind]), LIMITS), texts)
+    expected = logits_of(compile_model(from_hf(checkpoint, QuantMode(0)), LIMITS), texts)
     assert (found - expected).norm() / expected.norm() < 0.05
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint.hf_checkpoint import HfCheckpoint
 from checkpoints import Storage, write_tensors
-from hf_checkpoint import HfCheckpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoint.hf_checkpoint import HfCheckpoint
 from checkpoints import Storage, write_qwen1_checkpoint, write_qwen2_checkpoint
-from hf_checkpoint import HfCheckpoint
 from hf_model import load_hf_model
 
 S = 24  # trained length

@@ -11,14 +11,14 @@ import hf_qwen_convert
 import numpy as np
 import pytest
 import torch
-from calibration_text import BUNDLED_TEXT
+from checkpoint.hf_checkpoint import HfCheckpoint
 from checkpoints import write_qwen1_checkpoint, write_qwen2_checkpoint
 from command_line import run_script
-from ft_folder import FtFolder
-from hf_checkpoint import HfCheckpoint
+from ft.folder import FtFolder
 from hf_model import load_hf_model
 from hf_qwen_convert import ConvertArgs
 from safetensors.torch import load_file, save_file
+from texts.calibration_text import BUNDLED_TEXT
 from token_files import read_token_ids
 
 from tensorrt_llm.tokenizer import load_tokenizer
@@ -518,7 +518,7 @@ def test_a_full_disk_is_told_before_anything_is_written(
     convert: Convert, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=10)
-    monkeypatch.setattr("hf_qwen_convert.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     result = convert(write_checkpoint(tmp_path / "hf", "qwen"))
     assert_refused(result, "the folder takes", "the disk has 0.00 GiB free")
     assert not (tmp_path / "ft").exists()

@@ -1,6 +1,7 @@
 """quantize.py as a user runs it: published layouts, engines of what folders hold, one line for what is wrong."""
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,12 +11,13 @@ import numpy as np
 import pytest
 import quantize
 import torch
-from calibrated_layers import QuantizedLinear
+from calibration.calibrated_layers import QuantizedLinear
+from calibration.int4_packing import pack_awq, pack_gptq
+from checkpoint.hf_checkpoint import HfCheckpoint
 from checkpoints import write_qwen2_checkpoint
 from command_line import run_script
-from hf_checkpoint import HfCheckpoint
-from int4_packing import pack_awq, pack_gptq
-from models_for_tests import compile_model, engine_from_checkpoint
+from compiling.compile_model import compile_model
+from models_for_tests import LIMITS, engine_from_checkpoint
 from quantize import QuantizeArgs
 from quantized_folders import awq_element, dequantize_elements, gptq_element
 from quantized_models import SHAPE, assert_same_logits, engine_of, logits_of, write_plain
@@ -124,7 +126,7 @@ def rounded_engine(plain: Path) -> Engine:
     model = QWenForCausalLM(config, "float32")
     quantize_model(model, QuantMode.use_weight_only(use_int4_weights=True, per_group=True), group_size=GROUP)
     load_from_hf_qwen(model, plain, config)
-    return compile_model(model)
+    return compile_model(model, LIMITS)
 
 
 # ---- layouts ----
@@ -323,6 +325,16 @@ def test_a_folder_that_holds_something_is_not_overwritten(run: Run, tmp_path: Pa
     plain = write_plain(tmp_path / "plain", "qwen1")
     assert_refused(run(plain, *FORMATS["gptq"], output=plain), "--export_path", "exists")
     assert_refused(run(plain, *FORMATS["gptq"], output=plain / "config.json" / "int4"), "config.json", "is a file")
+
+
+def test_a_full_disk_is_seen_before_anything_is_written(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = write_plain(tmp_path / "plain", "qwen1")
+    usage = shutil.disk_usage(tmp_path)._replace(free=10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    assert_refused(run(plain, *FORMATS["gptq"], output=tmp_path / "a" / "b"), "the folder takes", "0.00 GiB free")
+    assert not (tmp_path / "a").exists()
 
 
 def test_a_quantized_checkpoint_is_not_quantized_again(run: Run, tmp_path: Path) -> None:

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint.hf_checkpoint import HfCheckpoint
+from checkpoint.quantized_checkpoint import open_quantized_checkpoint
 from checkpoints import write_qwen2_checkpoint
-from hf_checkpoint import HfCheckpoint
-from quantized_checkpoint import open_quantized_checkpoint
 from quantized_folders import Scheme, Tensors, write_dequantized, write_quantized
 from quantized_models import (
     SHAPE,
@@ -100,7 +100,7 @@ def test_rows_are_unpacked_in_runs_that_join(qwen2: Path, tmp_path: Path, monkey
     write_quantized(qwen2, tmp_path, GPTQ)
     checkpoint = open_quantized_checkpoint(tmp_path)
     whole = checkpoint.read_rows(f"{ATTENTION}.o_proj", 0, 64).dequantize()
-    monkeypatch.setattr("packed_linear._ELEMENTS_AT_ONCE", 64 * 7)
+    monkeypatch.setattr("checkpoint.packed_linear._ELEMENTS_AT_ONCE", 64 * 7)
     assert torch.equal(checkpoint.read_rows(f"{ATTENTION}.o_proj", 0, 64).dequantize(), whole)
 
 

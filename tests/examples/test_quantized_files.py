@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint.quantized_checkpoint import open_quantized_checkpoint
 from checkpoints import write_qwen2_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from quantized_checkpoint import open_quantized_checkpoint
 from quantized_folders import Scheme, Tensors, write_quantized
 from quantized_models import (
     SHAPE,

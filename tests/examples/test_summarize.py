@@ -12,18 +12,18 @@ import pytest
 import torch
 from backends import EngineBackend, HfBackend
 from build import main as build
-from build_args import BuildArgs
 from checkpoints import write_qwen1_checkpoint
 from command_line import run_script
+from compiling.args import BuildArgs
 from engines_of_modes import engine_of_mode, write_engine
 from hf_model import load_hf_model
 from summarize import SummarizeArgs, check_accuracy
 from summarize import main as summarize
-from summary_exam import to_text
-from summary_prompt import SYSTEM_PROMPT
-from summary_table import Difference, Figures, Mean
-from summary_tasks import make_tasks
-from teacher_forcing import follow_references
+from summary.exam import to_text
+from summary.figures import Difference, Figures, Mean
+from summary.tasks import make_tasks
+from summary.teacher_forcing import follow_references
+from texts.summary_prompt import SYSTEM_PROMPT
 
 from tensorrt_llm import Engine, Mapping
 from tensorrt_llm.quantization import QuantMode

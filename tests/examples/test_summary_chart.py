@@ -8,8 +8,8 @@ from math import inf, nan
 from pathlib import Path
 
 import pytest
-from summary_chart import new_figure, write_chart
-from summary_table import Difference, Figures, Mean
+from summary.chart import new_figure, write_chart
+from summary.figures import Difference, Figures, Mean
 
 
 def figures(*kl: float) -> list[Figures]:

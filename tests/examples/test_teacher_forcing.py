@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rouge import bootstrap_interval
-from summary_tasks import Task
-from teacher_forcing import Following, articles_within, follow_references
+from summary.rouge import bootstrap_interval
+from summary.tasks import Task
+from summary.teacher_forcing import Following, articles_within, follow_references
 
 VOCAB = 13
 TASKS = [

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint.hf_checkpoint import HfCheckpoint
+from checkpoint.weight_map import origins_of
 from checkpoints import write_qwen1_checkpoint, write_qwen2_checkpoint, write_tensors
-from hf_checkpoint import HfCheckpoint
 from safetensors.torch import load_file
 from transformers import Qwen2ForCausalLM
 from weight import check_complete, load_from_hf_qwen
-from weight_map import origins_of
 
 from tensorrt_llm.mapping import Mapping
 from tensorrt_llm.models.qwen.config import QWenConfig

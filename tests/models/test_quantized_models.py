@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import write_qwen1_checkpoint, write_qwen2_checkpoint
+from compiling.compile_model import compile_model
 from hf_model import load_hf_model
-from models_for_tests import LIMITS, compile_model, on_cpu, random_prompts
+from models_for_tests import LIMITS, on_cpu, random_prompts
 from transformers import DynamicCache, PreTrainedModel
 from weight import load_from_hf_qwen
 
@@ -50,7 +51,7 @@ def quantized_engine(checkpoint: Path, mode: str, dtype: str) -> Engine:
     quant_mode, options, _, _ = MODES[mode]
     model = quantize_model(QWenForCausalLM(config, dtype), quant_mode, **options)
     load_from_hf_qwen(model, checkpoint, config)
-    return compile_model(model)
+    return compile_model(model, LIMITS)
 
 
 def fake_quantized(checkpoint: Path, mode: str, dtype: str) -> PreTrainedModel:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import write_qwen1_checkpoint, write_qwen2_checkpoint
-from models_for_tests import compile_model
+from compiling.compile_model import compile_model
 from weight import load_from_hf_qwen
 
 from tensorrt_llm import Engine, Limits, Mapping
