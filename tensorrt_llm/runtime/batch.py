@@ -17,6 +17,7 @@ class Row(NamedTuple):
 
     @property
     def token_ids(self) -> list[int]:
+        """The new tokens; none if it is a pending one."""
         return self.request.token_ids[self.start : self.start + self.length]
 
     @property
@@ -27,7 +28,8 @@ class Row(NamedTuple):
     @property
     def gives_token(self) -> bool:
         """The row reaches the end of its sequence, so its last logits choose the next token."""
-        return self.start + self.length == len(self.request.token_ids)
+        # Of what lies before the end, only a piece of a prompt has logits.
+        return self.num_logits > 0 and self.start + self.length >= self.request.context_length
 
 
 @dataclass(frozen=True)
@@ -46,9 +48,9 @@ class Batch:
 
     @cached_property
     def num_contexts(self) -> int:
-        return sum(row.is_context for row in self.rows)
+        return next((index for index, row in enumerate(self.rows) if not row.is_context), len(self.rows))
 
     @cached_property
     def receivers(self) -> list[Request]:
-        """The requests that get a token from this step, in row order. To be asked for before they have it."""
+        """The requests that get a token from this step, in row order."""
         return [row.request for row in self.rows if row.gives_token]

@@ -3,8 +3,18 @@
 `GenerationSession.step` is the loop; everything else here feeds it or shows its results: `submit` and `cancel` for
 servers, `decode` with the meaning of TensorRT-LLM 0.7.1, `stream` and `stream_text` for what a person reads. Knows
 neither models nor kernels nor how a step is computed. Not thread-safe: one thread calls it.
+
+If the session runs ahead, the tokens of a step are read once the next step is launched, so the device never waits for
+the host:
+
+    host      launch 1 | launch 2 | read 1 | launch 3 | read 2 | ...
+    device         | step 1 ........ | step 2 ........ | step 3 ...
+
+Who turns out to have ended in step 1 is computed once more in step 2, for nothing: that token is thrown away. Tokens,
+texts and reasons are those of a loop that reads each step before the next.
 """
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import accumulate, count
@@ -17,9 +27,10 @@ from .batch import Batch
 from .decode_tensors import DecodeOutput, Prompt, read_prompt, split_prompts
 from .kv_cache import BlockAllocator
 from .request import FinishReason, Request, Sampling, SamplingConfig, check_prompt
-from .sampling import Sampled, Sampler
+from .sampling import BROKEN, Sampled, Sampler, no_next_token
 from .scheduler import Scheduler
 from .session import Session
+from .transfers import upload
 
 
 class NewToken(NamedTuple):
@@ -29,6 +40,22 @@ class NewToken(NamedTuple):
     token_id: int
     text: str  # whole characters that are now certain: "" while one is incomplete or a stop string may have begun
     finish_reason: FinishReason | None
+
+
+class _KeptLogits(NamedTuple):
+    """Copies of what a request wants to have of a step."""
+
+    request: Request
+    context: torch.Tensor | None  # [chunk, vocab]
+    generation: torch.Tensor | None  # [vocab]
+
+
+class _Launched(NamedTuple):
+    """A step whose tokens are not read yet."""
+
+    batch: Batch
+    sampled: Sampled
+    logits: list[_KeptLogits]
 
 
 class _Setup(NamedTuple):
@@ -47,6 +74,7 @@ class GenerationSession:
         self._allocator = BlockAllocator(session.num_blocks)
         self._scheduler = Scheduler(self.limits, self._allocator)
         self._sampler = Sampler(session.device)
+        self._launched: deque[_Launched] = deque()  # between two calls of `step` at most one
         self._ids = count()
         self._texts: dict[int, _OutputText] = {}  # request id -> the text that is followed
         self._setup: _Setup | None = None
@@ -62,14 +90,22 @@ class GenerationSession:
         return request
 
     def step(self) -> list[Request]:
-        """Compute one step; return the requests that got a token. Finished ones have given back what they held."""
+        """Launch one step and read one; return the requests that got a token. Finished ones hold no blocks any more.
+
+        A request gets at most one token. A request without a next token (its logits are broken) is cancelled, and named
+        by a ValueError; the others keep the tokens of its step.
+        """
+        receivers: list[Request] = []
         batch = self._scheduler.next_batch()
-        if not batch.rows:
-            return []
-        logits = self.session.run(batch)
-        _keep_logits(batch, logits)
-        sampled = self._sampler.sample(_rows_of_receivers(batch, logits), batch.receivers)
-        return self._record(batch, sampled)
+        if batch is None:
+            receivers = self._read()
+            batch = self._scheduler.next_batch()
+            assert batch is not None, "nothing is pending"
+        if batch.rows:
+            self._launch(batch)
+        if not batch.rows or len(self._launched) > int(self.session.runs_ahead):
+            receivers += self._read()
+        return receivers
 
     def cancel(self, request: Request) -> None:
         """End a request between two steps, whatever its state; its blocks are free at once."""
@@ -81,11 +117,41 @@ class GenerationSession:
         """Some request waits or runs, so a step would do something."""
         return self._scheduler.has_work
 
-    def _record(self, batch: Batch, sampled: Sampled) -> list[Request]:
-        receivers = self._scheduler.accept(batch, sampled.tokens)
-        for request, log_prob in zip(receivers, sampled.log_probs or (), strict=False):
-            if request.sampling.gather_log_probs:
+    def _launch(self, batch: Batch) -> None:
+        # What is pending was sampled in the last step: the one before that has been read.
+        sampled_ids = self._launched[-1].sampled.ids if self._launched else None
+        logits = self.session.run(batch, sampled_ids)
+        sampled = self._sampler.sample(_rows_of_receivers(batch, logits), batch.receivers, sampled_ids)
+        self._launched.append(_Launched(batch, sampled, _copy_logits(batch, logits)))
+        self._scheduler.launch(batch)
+
+    def _read(self) -> list[Request]:
+        """Wait for the tokens of the oldest launched step, if there is one; return the requests that got one."""
+        if not self._launched:
+            return []
+        step = self._launched.popleft()
+        batch, sampled = step.batch, step.sampled
+        broken: list[Request] = []
+        if BROKEN in sampled.tokens:
+            pairs = zip(batch.receivers, sampled.tokens, strict=True)
+            broken = [request for request, token in pairs if token == BROKEN and not request.is_finished]
+        for request in broken:
+            self.cancel(request)
+        receivers = self._record(step)
+        if broken:
+            raise no_next_token(broken, len(batch.receivers))
+        return receivers
+
+    def _record(self, step: _Launched) -> list[Request]:
+        for request, context, generation in step.logits:
+            if context is not None and not request.is_finished:
+                request.context_logits.append(context)
+            if generation is not None and not request.is_finished:
+                request.generation_logits.append(generation)
+        for request, log_prob in zip(step.batch.receivers, step.sampled.log_probs or (), strict=False):
+            if request.sampling.gather_log_probs and not request.is_finished:
                 request.log_probs.append(log_prob)
+        receivers = self._scheduler.accept(step.batch, step.sampled.tokens)
         for request in receivers:
             reason = self._read_text(request) or request.stop_reason()
             if reason:
@@ -289,20 +355,24 @@ def _rows_of_receivers(batch: Batch, logits: torch.Tensor) -> torch.Tensor:
     if batch.num_logits == len(batch.receivers):
         return logits
     ends = accumulate(row.num_logits for row in batch.rows)
-    return logits[[end - 1 for row, end in zip(batch.rows, ends, strict=True) if row.gives_token]]
+    chosen = [end - 1 for row, end in zip(batch.rows, ends, strict=True) if row.gives_token]
+    return logits.index_select(0, upload(chosen, torch.int64, logits.device))
 
 
-def _keep_logits(batch: Batch, logits: torch.Tensor) -> None:
-    """Copy logits to the host for the requests that want to have them."""
+def _copy_logits(batch: Batch, logits: torch.Tensor) -> list[_KeptLogits]:
+    """Logits on the host for the requests that want to have them. Waits for the step if there are any."""
+    kept: list[_KeptLogits] = []
     if not any(row.request.sampling.gathers_logits for row in batch.rows):
-        return
+        return kept
     end = 0
     for row in batch.rows:
         start, end = end, end + row.num_logits
-        if row.request.collects_context_logits:
-            row.request.context_logits.append(_copy_to_host(logits[start:end]))
-        if row.request.sampling.gather_generation_logits and row.gives_token:
-            row.request.generation_logits.append(_copy_to_host(logits[end - 1]))
+        wants_context = row.request.collects_context_logits
+        wants_generation = row.request.sampling.gather_generation_logits and row.gives_token
+        context = _copy_to_host(logits[start:end]) if wants_context else None
+        generation = _copy_to_host(logits[end - 1]) if wants_generation else None
+        kept.append(_KeptLogits(row.request, context, generation))
+    return kept
 
 
 def _copy_to_host(logits: torch.Tensor) -> torch.Tensor:

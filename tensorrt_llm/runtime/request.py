@@ -14,6 +14,8 @@ from numbers import Integral, Real
 from random import Random
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from ..limits import Limits
 
 
@@ -54,6 +56,11 @@ class Sampling:
     @cached_property
     def has_bans(self) -> bool:
         return bool(self.bad_words) or (self.min_length > 1 and bool(self.end_ids))
+
+    @cached_property
+    def needs_newest_token(self) -> bool:
+        """The next token cannot be chosen before the host has read the one before it."""
+        return any(len(word) > 1 for word in self.bad_words)
 
     @cached_property
     def is_plain(self) -> bool:
@@ -231,18 +238,24 @@ class FinishReason(StrEnum):
 
 @dataclass(eq=False)
 class Request:
-    """One sequence: its prompt, what was generated so far, and what it holds of the cache."""
+    """One sequence: its prompt, what was generated so far, and what it holds of the cache.
+
+    A step is launched before the tokens of the one before it are read. In between, the newest token is pending: it is
+    counted, takes part in steps and has a place in the cache, but only the device knows it.
+    """
 
     id: int
     prompt_ids: list[int] = field(repr=False)
     sampling: Sampling
-    token_ids: list[int] = field(init=False, repr=False)  # the prompt and then the output; it only grows
+    token_ids: list[int] = field(init=False, repr=False)  # the prompt and then the output, as read; it only grows
     context_length: int = field(init=False)  # tokens of the prompt
     state: State = State.WAITING
     finish_reason: FinishReason | None = None
     text: str = ""  # of the output, whole characters, without what ended it; only if the text is followed
-    num_cached: int = 0  # tokens whose keys and values are in the cache
-    blocks: list[int] = field(default_factory=list)
+    num_pending: int = 0  # sampled tokens that are not read yet; they follow token_ids
+    sampled_row: int = 0  # the newest pending token's row among the tokens that the last launched step samples
+    num_cached: int = 0  # tokens whose keys and values are in the cache, or will be when the launched steps are through
+    blocks: list[int] = field(default_factory=list)  # it only grows: other blocks are another list
     # If asked for: of each output token; [chunk, vocab] tensors of the prompt's rows; a [vocab] row per output token.
     log_probs: list[float] = field(default_factory=list, repr=False)
     context_logits: list[Any] = field(default_factory=list, repr=False)
@@ -251,6 +264,18 @@ class Request:
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_ids)
         self.context_length = len(self.prompt_ids)
+        self._block_row = np.zeros(0, dtype=np.int32)
+        self._block_row_of: tuple[list[int], int] = (self.blocks, 0)
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output with what is pending."""
+        return len(self.token_ids) + self.num_pending
+
+    @property
+    def has_sampled_all(self) -> bool:
+        """As many tokens as it may have are read or pending, so no step needs to compute more of it."""
+        return self.num_tokens - self.context_length >= self.sampling.max_new_tokens
 
     @property
     def output_ids(self) -> list[int]:
@@ -272,17 +297,26 @@ class Request:
     @property
     def collects_context_logits(self) -> bool:
         """The rows of its prompt chunks are wanted. Once the prompt is through, a recomputation brings nothing new."""
-        return self.sampling.gather_context_logits and len(self.token_ids) == self.context_length
+        return self.sampling.gather_context_logits and self.num_tokens == self.context_length
 
     @cached_property
     def random(self) -> Random:
         """The sequence's own random numbers, so that its text does not depend on its batch."""
         return Random(self.sampling.random_seed)
 
+    def block_row(self, width: int) -> np.ndarray:
+        """The first `width` blocks as int32, then zeros. Converted when they change, as steps are more frequent."""
+        blocks, count = self._block_row_of
+        if blocks is not self.blocks or count != len(self.blocks) or width > len(self._block_row):
+            self._block_row = np.zeros(max(width, len(self.blocks)), dtype=np.int32)
+            self._block_row[: len(self.blocks)] = self.blocks
+            self._block_row_of = (self.blocks, len(self.blocks))
+        return self._block_row[:width]
+
     def banned_ids(self) -> list[int]:
-        """Ids that may not come next."""
+        """Ids that may not come next. What `needs_newest_token` says must be read."""
         sampling = self.sampling
-        banned = list(sampling.end_ids) if self.num_output + 1 < sampling.min_length else []
+        banned = list(sampling.end_ids) if self.num_tokens + 1 - self.context_length < sampling.min_length else []
         return banned + [word[-1] for word in sampling.bad_words if self._ends_with(word[:-1])]
 
     def stop_reason(self) -> FinishReason | None:

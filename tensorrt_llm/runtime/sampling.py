@@ -4,24 +4,50 @@
                                 -> temperature -> top-k -> top-p -> inverse CDF, for the others
 
 A sequence draws one number per token from a generator of its own, and its candidates are ordered by logit, then by id.
-So its text depends on its logits and its seed, but not on its batch, nor on the device. What the host needs of a step
-comes in one copy. Does not decide when a sequence ends, and changes nothing in a request but its generator's state.
+So its text depends on its logits and its seed, but not on its batch, nor on the device. Sampling never waits for the
+device: tokens come to the host in one copy, and are waited for when they are asked for. Does not decide when a sequence
+ends, and changes nothing in a request but its generator's state.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from functools import cached_property
 
 import torch
 
 from .request import Request
+from .transfers import Download, upload
 
 # Stands for the token of a row whose largest logit is not a finite number.
-_BROKEN = -1
+BROKEN = -1
 
 
-class Sampled(NamedTuple):
-    tokens: list[int]
-    log_probs: list[float] | None  # of these tokens in the model's own distribution; None if no request wants them
+class Sampled:
+    """The tokens of one step. The device may still be at work on them."""
+
+    def __init__(self, ids: torch.Tensor, is_finite: torch.Tensor, log_probs: torch.Tensor | None) -> None:
+        self.ids = ids  # [requests], of the vocabulary even where a row is broken: the next step may read them
+        self._has_log_probs = log_probs is not None
+        tokens = torch.where(is_finite, ids, BROKEN)
+        # Float64 holds ids exactly, so both come in one copy.
+        self._download = Download(tokens if log_probs is None else torch.stack((tokens.double(), log_probs.double())))
+
+    @property
+    def tokens(self) -> list[int]:
+        """Waits for the step. BROKEN for a request that has no next token."""
+        return self._numbers[0]
+
+    @property
+    def log_probs(self) -> list[float] | None:
+        """Of the tokens, in the model's own distribution; None if no request wants them. Waits for the step."""
+        return self._numbers[1]
+
+    @cached_property
+    def _numbers(self) -> tuple[list[int], list[float] | None]:
+        numbers = self._download.wait()
+        if not self._has_log_probs:
+            return numbers, None
+        tokens, log_probs = numbers
+        return [int(token) for token in tokens], log_probs
 
 
 class Sampler:
@@ -30,24 +56,26 @@ class Sampler:
         self._history = _TokenHistory(device)
 
     @torch.inference_mode()
-    def sample(self, logits: torch.Tensor, requests: Sequence[Request]) -> Sampled:
-        """The next token of each request from its row of float32 logits [requests, vocab], which stay as they are."""
-        if not requests:
-            return Sampled([], None)
+    def sample(
+        self, logits: torch.Tensor, requests: Sequence[Request], sampled_ids: torch.Tensor | None = None
+    ) -> Sampled:
+        """The next token of each request from its row of float32 logits [requests, vocab], which stay as they are.
+
+        `sampled_ids` are those of the last step, if one of its tokens is pending.
+        """
         is_plain = all(request.sampling.is_plain for request in requests)
-        edited = logits if is_plain else self._ban(self._penalize(logits, requests), requests)
+        edited = logits if is_plain else self._ban(self._penalize(logits, requests, sampled_ids), requests)
         largest, ids = edited.max(dim=-1)
+        log_probs = None
         if not is_plain:
             ids = self._draw(edited, ids, requests)
-        ids = torch.where(largest.isfinite(), ids, _BROKEN)
-        if is_plain or not any(request.sampling.gather_log_probs for request in requests):
-            sampled = Sampled(ids.tolist(), None)
-        else:
-            sampled = _with_log_probs(ids, logits)
-        _check_finite(sampled.tokens, requests)
-        return sampled
+            if any(request.sampling.gather_log_probs for request in requests):
+                log_probs = logits.gather(1, ids[:, None])[:, 0] - logits.logsumexp(dim=-1)
+        return Sampled(ids, largest.isfinite(), log_probs)
 
-    def _penalize(self, logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
+    def _penalize(
+        self, logits: torch.Tensor, requests: Sequence[Request], sampled_ids: torch.Tensor | None
+    ) -> torch.Tensor:
         """Make tokens less likely that a sequence holds already: repetition, then frequency and presence penalty."""
         rows = [row for row, request in enumerate(requests) if request.sampling.has_penalties]
         if not rows:
@@ -58,11 +86,11 @@ class Sampler:
             for request in penalized
         ]
         repetition, frequency, presence = self._columns(settings, torch.float32)
-        index = _upload(rows, torch.int64, self._device)
+        index = upload(rows, torch.int64, self._device)
         part = logits.index_select(0, index)
         # A token stands in `ids` as often as in its sequence. All its places hold the same new logit, so the order
         # in which scatter writes them does not matter; nor does it when counts, small whole numbers, are summed.
-        ids, is_output = self._history.gather(penalized)  # [rows, longest sequence]
+        ids, is_output = self._history.gather(penalized, sampled_ids)  # [rows, longest sequence]
         seen = part.gather(1, ids)
         seen = torch.where(seen > 0, seen / repetition, seen * repetition)
         if any(request.sampling.has_output_penalties for request in penalized):
@@ -80,7 +108,7 @@ class Sampler:
         ]
         if not banned:
             return logits
-        rows, ids = _upload(banned, torch.int64, self._device).unbind(dim=1)
+        rows, ids = upload(banned, torch.int64, self._device).unbind(dim=1)
         return logits.index_put((rows, ids), logits.new_full((), -torch.inf))
 
     def _draw(self, logits: torch.Tensor, greedy_ids: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
@@ -96,7 +124,7 @@ class Sampler:
             for request, top_k in zip(drawing, top_ks, strict=True)
         ]
         temperature, top_k, top_p, uniform = self._columns(settings, torch.float64)
-        index = _upload(rows, torch.int64, self._device)
+        index = upload(rows, torch.int64, self._device)
         candidates, ids = _rank(logits.index_select(0, index), max(top_ks))  # [rows, candidates]
         # Float64, so that sums over 150,000 probabilities are the same for any number of rows and on any device.
         scaled = (candidates.double() - candidates[:, :1].double()) / temperature
@@ -112,13 +140,7 @@ class Sampler:
 
     def _columns(self, rows: Sequence[tuple[float, ...]], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
         """Host numbers, a tuple per row, as one [rows, 1] tensor per column."""
-        return _upload(rows, dtype, self._device).unsqueeze(-1).unbind(dim=1)
-
-
-def _upload(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Host numbers on the device, without waiting for it: it is busy with the step, and sampling queues up behind."""
-    host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
-    return host.to(device, non_blocking=True)
+        return upload(rows, dtype, self._device).unsqueeze(-1).unbind(dim=1)
 
 
 def _rank(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -135,38 +157,29 @@ def _rank(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]
     return logits.gather(1, ids), ids
 
 
-def _with_log_probs(ids: torch.Tensor, logits: torch.Tensor) -> Sampled:
-    chosen = logits.gather(1, ids.clamp(min=0)[:, None])[:, 0]
-    log_probs = chosen - logits.logsumexp(dim=-1)
-    # Float64 holds ids exactly, so both come in one copy.
-    tokens, values = torch.stack((ids.double(), log_probs.double())).tolist()
-    return Sampled([int(token) for token in tokens], values)
-
-
-def _check_finite(tokens: list[int], requests: Sequence[Request]) -> None:
-    if _BROKEN in tokens:
-        broken = [request.id for request, token in zip(requests, tokens, strict=True) if token == _BROKEN]
-        raise ValueError(
-            f"no next token for request {broken[0]} ({len(broken)} of {len(requests)} in this step): its largest logit "
-            f"is not a finite number: the model overflows at this precision, its weights are broken, or every token is "
-            f"banned"
-        )
+def no_next_token(broken: Sequence[Request], num_requests: int) -> ValueError:
+    """What to raise when the tokens of these requests, of as many in their step, are BROKEN."""
+    return ValueError(
+        f"no next token for request {broken[0].id} ({len(broken)} of {num_requests} in this step): its largest logit "
+        f"is not a finite number: the model overflows at this precision, its weights are broken, or every token is "
+        f"banned"
+    )
 
 
 class _TokenHistory:
-    """The tokens of penalised sequences on the device, a table row for each, so that a step uploads only new ones."""
+    """The tokens of penalised sequences on the device, a table row for each, so that a step adds only new ones."""
 
     def __init__(self, device: torch.device) -> None:
         self._table = torch.zeros((0, 0), dtype=torch.int64, device=device)
         self._slots: dict[int, int] = {}  # request id -> row of the table
         self._lengths: list[int] = []  # tokens in each row
 
-    def gather(self, requests: list[Request]) -> tuple[torch.Tensor, torch.Tensor]:
+    def gather(self, requests: list[Request], sampled_ids: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids [requests, longest], and which of them are output. Places past an end repeat the first prompt token."""
         self._assign_slots(requests)
-        self._upload_new_tokens(requests)
-        spans = [(self._slots[request.id], request.context_length, len(request.token_ids)) for request in requests]
-        slots, starts, ends = _upload(spans, torch.int64, self._table.device).unbind(dim=1)
+        self._add_new_tokens(requests, sampled_ids)
+        spans = [(self._slots[request.id], request.context_length, request.num_tokens) for request in requests]
+        slots, starts, ends = upload(spans, torch.int64, self._table.device).unbind(dim=1)
         longest = max(length for _, _, length in spans)
         ids = self._table[:, :longest].index_select(0, slots)
         position = torch.arange(longest, device=ids.device)
@@ -175,7 +188,7 @@ class _TokenHistory:
 
     def _assign_slots(self, requests: list[Request]) -> None:
         num_slots, capacity = self._table.shape
-        longest = max(len(request.token_ids) for request in requests)
+        longest = max(request.num_tokens for request in requests)
         if len(requests) > num_slots or longest > capacity:
             # Powers of two, so that it rarely grows.
             num_slots = 1 << (max(num_slots, len(requests)) - 1).bit_length()
@@ -194,15 +207,23 @@ class _TokenHistory:
                 slot = free_slots.pop()
                 self._slots[request_id], self._lengths[slot] = slot, 0
 
-    def _upload_new_tokens(self, requests: list[Request]) -> None:
+    def _add_new_tokens(self, requests: list[Request], sampled_ids: torch.Tensor | None) -> None:
         capacity = self._table.shape[1]
-        places: list[int] = []
-        tokens: list[int] = []
+        read: list[tuple[int, int]] = []  # places in the table, token ids
+        pending: list[tuple[int, int]] = []  # places in the table, rows of sampled_ids
         for request in requests:
-            slot, length = self._slots[request.id], len(request.token_ids)
+            slot, num_read = self._slots[request.id], len(request.token_ids)
+            first = slot * capacity
             known = self._lengths[slot]
-            places.extend(range(slot * capacity + known, slot * capacity + length))
-            tokens.extend(request.token_ids[known:])
-            self._lengths[slot] = length
-        where, what = _upload((places, tokens), torch.int64, self._table.device).unbind()
-        self._table.view(-1)[where] = what
+            read.extend(zip(range(first + known, first + num_read), request.token_ids[known:], strict=True))
+            if request.num_pending:
+                pending.append((first + num_read, request.sampled_row))
+            self._lengths[slot] = request.num_tokens
+        device = self._table.device
+        if read:
+            places, ids = upload(read, torch.int64, device).unbind(dim=1)
+            self._table.view(-1)[places] = ids
+        if pending:
+            assert sampled_ids is not None, "a token is pending that no step has sampled"
+            places, rows = upload(pending, torch.int64, device).unbind(dim=1)
+            self._table.view(-1)[places] = sampled_ids[rows]

@@ -4,7 +4,9 @@ Sequences run in the order of their arrival. A step holds the next token of ever
 tokens as the budget allows; a long prompt is cut into chunks over several steps. A sequence enters when there is a
 place in the batch and there are blocks for all its tokens, and takes further blocks as it grows. When none is left, the
 youngest running sequence gives all of its blocks back and waits in front of the queue; later it is computed again from
-its prompt and its output, so it loses time but no token. Knows no tensors, no text, and not why a sequence ends.
+its prompt and its output, so it loses time but no token. A step may be chosen while tokens of the one before it are
+pending; if they could change the choice for good, it has to wait for them. Knows no tensors, no text, and not why a
+sequence ends.
 """
 
 from collections import deque
@@ -41,39 +43,58 @@ class Scheduler:
         self.check_fits(request)
         self.waiting.append(request)
 
-    def next_batch(self) -> Batch:
-        """Choose the rows of the next step. No rows: nothing waits and nothing runs."""
-        self._grow_running()
+    def next_batch(self) -> Batch | None:
+        """Choose the rows of the next step. No rows: there is nothing to compute. None: read what is pending first."""
+        if not self._grow_running():
+            return None
         contexts: list[Row] = []
         decodes: list[Row] = []
         unfinished: list[Request] = []
         for request in self.running:
-            start = request.num_cached
-            if len(request.token_ids) - start > 1:
+            start, end = request.num_cached, request.num_tokens
+            if end - request.context_length >= request.sampling.max_new_tokens:
+                continue  # its last token is pending
+            if end - start > 1:
                 unfinished.append(request)
             else:
                 rows = contexts if start < request.context_length else decodes
                 rows.append(Row(request, start, 1, 1))
+        num_rows = len(contexts) + len(decodes) + len(unfinished)
         budget = self.limits.max_num_tokens - len(contexts) - len(decodes)
         for request in unfinished:
             budget -= _add_chunk(contexts, request, budget)
-        while budget > 0 and (admitted := self._admit_next()):
+        while budget > 0 and num_rows < self.limits.max_batch_size and (admitted := self._admit_next()):
             budget -= _add_chunk(contexts, admitted, budget)
+            num_rows += 1
         return Batch(tuple(contexts + decodes))
 
-    def accept(self, batch: Batch, tokens: list[int]) -> list[Request]:
-        """Record that `batch` was computed and gave `tokens`; return the requests that got one, in the same order."""
-        receivers = batch.receivers
+    def launch(self, batch: Batch) -> None:
+        """Record that the device was given `batch`: a token of each receiver is pending now."""
+        for index, request in enumerate(batch.receivers):
+            request.num_pending += 1
+            request.sampled_row = index
         for row in batch.rows:
             row.request.num_cached += row.length
-        for request, token in zip(receivers, tokens, strict=True):
-            request.token_ids.append(token)
+
+    def accept(self, batch: Batch, tokens: list[int]) -> list[Request]:
+        """Record the tokens that the launched `batch` gave; return who got one, in order: not who ended meanwhile."""
+        receivers = []
+        for request, token in zip(batch.receivers, tokens, strict=True):
+            if not request.is_finished:
+                request.num_pending -= 1
+                request.token_ids.append(token)
+                receivers.append(request)
         return receivers
 
     def finish(self, request: Request, reason: FinishReason) -> None:
-        """End a running request; its blocks are free at once."""
+        """End a running request; its blocks are free at once.
+
+        A launched step may still write to them. Whoever gets them writes and reads in a later step, and the device
+        computes one step after the other.
+        """
         self.running.remove(request)
         self._release_blocks(request)
+        request.num_pending = 0
         request.state, request.finish_reason = State.FINISHED, reason
 
     def cancel(self, request: Request) -> None:
@@ -84,22 +105,32 @@ class Scheduler:
         elif request.state is State.RUNNING:
             self.finish(request, FinishReason.CANCELLED)
 
-    def _grow_running(self) -> None:
-        """Give every running sequence the block that its newest token needs, the oldest first."""
+    def _grow_running(self) -> bool:
+        """Give every running sequence the block that its newest token needs, the oldest first.
+
+        False: a pending token must be read first, as it is needed to choose the next one, or as it may end a sequence
+        whose blocks save another from being preempted.
+        """
         position = 0
         while position < len(self.running):
             request = self.running[position]
-            if len(request.token_ids) > len(request.blocks) * self.limits.tokens_per_block:
+            if request.num_pending and request.sampling.needs_newest_token:
+                return False
+            if request.num_tokens > len(request.blocks) * self.limits.tokens_per_block and not request.has_sampled_all:
                 if not self.allocator.num_free:
+                    if any(running.num_pending for running in self.running):
+                        return False
                     self._preempt_youngest()
                     continue
                 request.blocks += self.allocator.allocate(1)
             position += 1
+        return True
 
     def _preempt_youngest(self) -> None:
         # Whoever is here fits alone, so someone else holds blocks.
         assert len(self.running) > 1, "one sequence needs more blocks than there are"
         request = self.running.pop()
+        assert not request.num_pending, "a sequence whose newest token nobody has read would lose it"
         self._release_blocks(request)
         request.num_cached = 0
         if request.collects_context_logits:
@@ -108,8 +139,8 @@ class Scheduler:
         self.waiting.appendleft(request)
 
     def _admit_next(self) -> Request | None:
-        """Let the first waiting request run, if there is room. Nobody overtakes it, or it might wait for ever."""
-        if not self.waiting or len(self.running) == self.limits.max_batch_size:
+        """Let the first waiting request run, if there are blocks. Nobody overtakes it, or it might wait for ever."""
+        if not self.waiting:
             return None
         request = self.waiting[0]
         needed = self._blocks_for(len(request.token_ids))

@@ -13,8 +13,8 @@ from ..dtype import itemsize, torch_dtype
 from ..engine import Engine, EngineConfig
 from ..kernels import kernels_for, reference_kernels
 from .batch import Batch
-from .decode_graphs import DecodeGraphs
 from .executor import Executor
+from .step_graphs import StepGraphs, bucket_for
 from .step_inputs import StepInputs, pack
 
 logger = logging.getLogger(__name__)
@@ -82,16 +82,27 @@ class Session:
         self._kv_dtype = "float32" if reference and is_float else self.config.kv_dtype
         self.num_blocks = self._count_blocks(kv_cache_tokens)
         self._pools = self._allocate_pools()
-        self._graphs: DecodeGraphs | None = None
+        # Whether a step may be launched before the tokens of the last one are read. A CPU computes it while it is
+        # launched, so there it would only bring tokens later.
+        self.runs_ahead = self.device.type == "cuda"
+        self._graphs: StepGraphs | None = None
         if self.device.type == "cuda" and use_cuda_graphs and not reference:
-            self._graphs = DecodeGraphs(self._run_step, self.config.limits, self.device)
+            self._graphs = StepGraphs(self._run_step, self.config.limits, self.device)
 
     @torch.inference_mode()
-    def run(self, batch: Batch) -> torch.Tensor:
-        """float32 logits [batch.num_logits, vocab_size] on the device, in row order; valid until the next run."""
-        if self._graphs and batch.num_contexts == 0 and batch.num_logits == len(batch.rows):
-            return self._graphs.logits(batch)[:, : self.config.vocab_size]
-        return self._run_step(pack(batch, self.device))[:, : self.config.vocab_size]
+    def run(self, batch: Batch, sampled_ids: torch.Tensor | None = None) -> torch.Tensor:
+        """float32 logits [batch.num_logits, vocab_size] on the device, in row order; valid until the next run.
+
+        `sampled_ids` are those of the last step, if one of its tokens is pending. A GPU is given the step and not
+        waited for. It computes what it is given in that order, so whatever reads the logits and is launched before the
+        next run reads these.
+        """
+        bucket = bucket_for(batch, self.config.limits) if self._graphs else None
+        if self._graphs and bucket:
+            logits = self._graphs.logits(batch, bucket, sampled_ids)
+        else:
+            logits = self._run_step(pack(batch, self.device, sampled_ids))
+        return logits[:, : self.config.vocab_size]
 
     @torch.inference_mode()
     def run_marked(self, batch: Batch) -> dict[str, torch.Tensor]:

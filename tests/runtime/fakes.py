@@ -26,11 +26,14 @@ def check_step(batch: Batch, limits: Limits, num_blocks: int) -> None:
     assert all(0 < block < num_blocks for block in owned), "scratch block 0 or a block that does not exist"
     for row in batch.rows:
         assert row.length > 0
-        assert row.start + row.length <= len(row.request.token_ids)
+        assert row.start + row.length <= row.request.num_tokens
+        assert row.token_ids or row.length == 1, "a pending token comes with others"
         assert row.start + row.length <= len(row.request.blocks) * limits.tokens_per_block
 
 
 class FakeSession:
+    runs_ahead = False
+
     def __init__(
         self,
         limits: Limits = LIMITS,
@@ -42,6 +45,7 @@ class FakeSession:
         self.config = SimpleNamespace(vocab_size=vocab_size, limits=limits)
         self.device = torch.device("cpu")
         self.num_blocks = num_blocks
+        self.num_pending_read = 0  # input tokens that came from the sampled ids
         self.batches: list[Batch] = []
         self._next_token = next_token
         self._last_logits = torch.empty(0, vocab_size)
@@ -50,13 +54,15 @@ class FakeSession:
         self._embedding = torch.randn(vocab_size, 16, generator=generator, dtype=torch.float64)
         self._head = torch.randn(vocab_size, 16, generator=generator, dtype=torch.float64)
 
-    def run(self, batch: Batch) -> torch.Tensor:
+    def run(self, batch: Batch, sampled_ids: torch.Tensor | None = None) -> torch.Tensor:
         check_step(batch, self.config.limits, self.num_blocks)
         self.batches.append(batch)
         self._last_logits.fill_(torch.nan)  # they were valid until this run
+        for row in batch.rows:
+            self._write(row, sampled_ids)
         logits = [
             self.logits_after(self._cached(row)[: row.start + row.length - row.num_logits + 1 + index])
-            for row in map(self._write, batch.rows)
+            for row in batch.rows
             for index in range(row.num_logits)
         ]
         # Rows of a wider tensor, as a real head has padding beyond the vocabulary.
@@ -73,11 +79,15 @@ class FakeSession:
         state = (self._embedding[token_ids] * torch.cos(age)[:, None]).sum(0)
         return (self._head @ torch.tanh(state)).float()
 
-    def _write(self, row: Row) -> Row:
-        for position, token in enumerate(row.token_ids, start=row.start):
+    def _write(self, row: Row, sampled_ids: torch.Tensor | None) -> None:
+        token_ids = row.token_ids
+        if not token_ids:
+            assert sampled_ids is not None, "a token is pending that no step has sampled"
+            token_ids = [int(sampled_ids[row.request.sampled_row])]
+            self.num_pending_read += 1
+        for position, token in enumerate(token_ids, start=row.start):
             block, offset = divmod(position, self.config.limits.tokens_per_block)
             self._cache[row.request.blocks[block], offset] = token
-        return row
 
     def _cached(self, row: Row) -> list[int]:
         return self._cache[row.request.blocks].flatten().tolist()

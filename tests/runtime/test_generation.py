@@ -1,4 +1,7 @@
-"""The whole loop on a fake model: the same tokens whatever the batch, the pool or the way of asking; ends; errors."""
+"""The whole loop on a fake model: the same tokens whatever the batch, the pool or the way of asking; ends; errors.
+
+All of it holds for a loop that reads each step before the next and for one that runs a step ahead.
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -17,6 +20,11 @@ PROMPTS = [[5, 9, 30], [7] * 20, [60], [11, 12, 13, 14, 15, 16, 17], [3, 1, 4, 1
 # Ids 3 to 25 are the letters a to w, 26 and 27 the halves of é, 28 is 你, 29 a byte that is never UTF-8.
 PIECES = [b"", b"", b"", *(bytes([ord("a") + i]) for i in range(23)), b"\xc3", b"\xa9", "你".encode(), b"\xff"]
 LETTER = {piece: token for token, piece in enumerate(PIECES)}
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["", "ahead"])
+def runs_ahead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeSession, "runs_ahead", request.param)
 
 
 def make_generation(session: FakeSession | None = None, tokenizer: FakeTokenizer | None = None) -> GenerationSession:

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from models_for_tests import compile_model, make_config, on_cpu, random_prompts, set_random_weights
+from compiling.compile_model import compile_model
+from models_for_tests import LIMITS, make_config, on_cpu, random_prompts, set_random_weights
 
 from tensorrt_llm import Engine
 from tensorrt_llm.models import QWenForCausalLM, quantize_model
@@ -34,7 +35,7 @@ Spoil = Callable[[str, QuantizedWeight], QuantizedWeight]
 def plain_engine(dtype: str = "float32") -> Engine:
     model = QWenForCausalLM(CONFIG, dtype)
     set_random_weights(model)
-    return compile_model(model)
+    return compile_model(model, LIMITS)
 
 
 def quantized_engine(mode: QuantMode = INT8, spoil: Spoil = lambda _, weight: weight) -> Engine:
@@ -48,7 +49,7 @@ def quantized_engine(mode: QuantMode = INT8, spoil: Spoil = lambda _, weight: we
         if isinstance(module, WeightOnlyMatmul):
             quantized = quantize_weight(float_weights[f"{path}.weight"], module.bits)
             module.set_loader(lambda path=path, quantized=quantized: spoil(path, quantized))
-    return compile_model(model)
+    return compile_model(model, LIMITS)
 
 
 def verdict_of(quantized: Engine, unquantized: Engine | None = None, **options: Any) -> Verdict:
@@ -143,7 +144,7 @@ def test_an_unquantized_network_that_overflows_is_named() -> None:
     model = QWenForCausalLM(CONFIG, "float16")
     set_random_weights(model)
     model.layers[1].mlp.proj.weight.value = torch.full((64, 96), 6e4)
-    overflowing = compile_model(model)
+    overflowing = compile_model(model, LIMITS)
     with pytest.raises(ValueError, match=r"layers\.1\.mlp: the unquantized network makes infinite .* float16"):
         verdict_of(quantized_engine(), overflowing)
 

@@ -28,11 +28,22 @@ def make_request(request_id: int, prompt_length: int, new_tokens: int, **setting
 
 def run_step(scheduler: Scheduler) -> Batch:
     """One step of a model that only ever says 1; requests end when they are long enough."""
+    batch = next_batch(scheduler)
+    read(scheduler, batch)
+    return batch
+
+
+def next_batch(scheduler: Scheduler) -> Batch:
     batch = scheduler.next_batch()
+    assert batch is not None, "nothing is pending"
+    return batch
+
+
+def read(scheduler: Scheduler, batch: Batch) -> None:
+    scheduler.launch(batch)
     for request in scheduler.accept(batch, [1] * len(batch.receivers)):
         if reason := request.stop_reason():
             scheduler.finish(request, reason)
-    return batch
 
 
 @dataclass
@@ -71,7 +82,7 @@ def test_every_request_is_served_once_in_order_within_the_limits(
         if not scheduler.has_work:
             continue
         running_before = list(scheduler.running)
-        batch = scheduler.next_batch()
+        batch = next_batch(scheduler)
         check_step(batch, limits, num_blocks)
         for request in running_before:
             if request.state is State.WAITING:
@@ -91,9 +102,7 @@ def test_every_request_is_served_once_in_order_within_the_limits(
         assert decoding <= computed
         order = [request.id for request in scheduler.running] + [request.id for request in scheduler.waiting]
         assert order == sorted(order)
-        for request in scheduler.accept(batch, [1] * len(batch.receivers)):
-            if reason := request.stop_reason():
-                scheduler.finish(request, reason)
+        read(scheduler, batch)
     assert first_admissions == sorted(lives)
     assert all(request.num_output == request.sampling.max_new_tokens for request in requests)
     allocator.check_balanced()
@@ -195,8 +204,29 @@ def test_a_request_that_could_never_fit_is_refused_with_numbers() -> None:
     assert not scheduler.has_work
 
 
+def test_no_block_is_taken_for_a_last_token_that_is_pending() -> None:
+    allocator = BlockAllocator(4)
+    scheduler = Scheduler(make_limits(block=4), allocator)
+    scheduler.submit(make_request(0, 4, 1))
+    scheduler.launch(next_batch(scheduler))
+    assert (next_batch(scheduler).rows, allocator.num_free) == ((), 2)
+
+
+def test_a_preemption_waits_for_tokens_that_are_pending() -> None:
+    scheduler = Scheduler(make_limits(block=4), BlockAllocator(1 + 3))
+    old, young = make_request(0, 4, 5), make_request(1, 4, 5)
+    for request in (old, young):
+        scheduler.submit(request)
+    batch = next_batch(scheduler)
+    scheduler.launch(batch)
+    assert scheduler.next_batch() is None
+    scheduler.accept(batch, [1] * len(batch.receivers))
+    assert [row.request for row in next_batch(scheduler).rows] == [old]
+    assert list(scheduler.waiting) == [young] and young.num_pending == 0
+
+
 def test_nothing_to_do_gives_no_rows() -> None:
-    assert Scheduler(make_limits(), BlockAllocator(4)).next_batch().rows == ()
+    assert next_batch(Scheduler(make_limits(), BlockAllocator(4))).rows == ()
 
 
 def test_cancelling_a_finished_request_changes_nothing() -> None:
