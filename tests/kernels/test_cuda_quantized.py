@@ -184,6 +184,13 @@ def run_weight_only(
     return got.float(), wanted
 
 
+def ones_error(weight: QuantizedWeight, x: torch.Tensor) -> float:
+    """What the stream of one token loses: each pair of products is rounded beside a one, of which it is a small part."""
+    integers_in_one = 2**15 if weight.bits == 8 else 2**11
+    largest_pair = 2 * float(weight.scale.abs().max() * x.float().abs().max()) * integers_in_one
+    return roundoff("float32") * largest_pair * x.shape[1] ** 0.5
+
+
 FORMATS = [  # bits, group size, depth
     (4, 0, 130),
     (4, 16, 144),
@@ -208,7 +215,7 @@ def test_weight_only_matmul_keeps_exact_weights(
     x = torch.randn(tokens, depth, device=device).half()
     got, wanted = run_weight_only(x, weight, None, "float32")
     # Only float32 sums are inexact: `depth` products of size 1 / sqrt(depth), and a few operations on the way.
-    tolerance = roundoff("float32") * (16 + depth)
+    tolerance = roundoff("float32") * (16 + depth) + (ones_error(weight, x) if tokens == 1 else 0.0)
     torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)
 
 
@@ -224,6 +231,8 @@ def test_weight_only_matmul_in_every_dtype(
     x, bias = x.to(torch_dtype(dtype)), bias.to(torch_dtype(dtype))
     got, wanted = run_weight_only(x, weight, bias, out_dtype)
     tolerance = roundoff(out_dtype) + roundoff("float32") * (16 + depth)
+    if tokens == 1 and dtype != "float32":
+        tolerance += ones_error(weight, x)
     torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)
 
 
@@ -242,7 +251,9 @@ def test_a_weight_is_widened_in_pieces_for_many_tokens(
     torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize(("dtype", "tokens"), [("float32", 1), ("float16", 3), ("bfloat16", 18), ("float16", 257)])
+@pytest.mark.parametrize(
+    ("dtype", "tokens"), [("float32", 1), ("float16", 1), ("float16", 3), ("bfloat16", 18), ("float16", 257)]
+)
 @pytest.mark.parametrize("has_zero", [False, True])
 def test_weight_only_gated_mlp_equals_its_two_matmuls(
     device: torch.device, dtype: str, tokens: int, has_zero: bool
@@ -257,6 +268,8 @@ def test_weight_only_gated_mlp_equals_its_two_matmuls(
     # Rounded once, or, with widened weights, the weights and both products too, of values up to about 4.
     roundings = 16 + depth**0.5 if tokens == 257 else 1
     tolerance = roundoff(dtype) * roundings + roundoff("float32") * (64 + 4 * depth)
+    if tokens == 1 and dtype != "float32":
+        tolerance += 8 * max(ones_error(fc, x), ones_error(gate, x))  # times factors of up to about 4, two of them
     torch.testing.assert_close(got.float(), wanted, rtol=tolerance, atol=tolerance)
 
 
@@ -275,7 +288,8 @@ def test_sums_beyond_float16_are_finite(device: torch.device, tokens: int) -> No
     weight = quantize_weight(torch.ones(3, 512, device=device), 8, 128)
     x = torch.full((tokens, 512), 6e4, device=device).half()
     got, wanted = run_weight_only(x, weight, None, "float32")
-    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=0)
+    # Of one token each pair of products, 2 * 127 of 2^15, is rounded beside a one.
+    torch.testing.assert_close(got, wanted, rtol=1e-4 if tokens == 1 else 1e-5, atol=0)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="many large tiles are for the GPU")

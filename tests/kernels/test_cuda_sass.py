@@ -110,14 +110,14 @@ def test_weight_only_tiles_run_on_wgmma(compiled: dict[str, Any], bits: str, tok
 @pytest.mark.parametrize("bits", ["int4", "int8"])
 def test_streamed_weights_stay_in_the_lanes_that_loaded_them(compiled: dict[str, Any], bits: str) -> None:
     facts = compiled[f"{bits}_1_float16"]["_stream_rows"]
-    assert count(facts, "BAR.SYNC") <= 4, "those of the last sums"
+    assert count(facts, "STS", "STSM") <= 24, "sums, one for each row and scale"
     assert count(facts, "I2F") <= 8, "weights are unpacked without conversions, zero points are not"
 
 
 def test_integers_are_multiplied_as_integers(compiled: dict[str, Any]) -> None:
     for tokens in (16, 512):
         assert count(compiled[f"w8a8_{tokens}_float16"]["_multiply_tiles"], "IGMMA") >= 4
-    assert count(compiled["w8a8_1_float16"]["_stream_rows"], "IMAD") >= 64
+    assert count(compiled["w8a8_1_float16"]["_stream_rows"], "IDP.4A") >= 32
 
 
 def test_products_are_rounded_before_they_become_integers(compiled: dict[str, Any]) -> None:

@@ -23,6 +23,7 @@ import triton.language as tl
 from ..step import StepShape
 from .integer_planes import integer_plane
 from .kv_pool import VALUE_SCALE_LIFT, dot_dtype, load_scales, padded_width, pool_strides, token_offsets
+from .overlap import has_dependent_launch, overlapping, start_next, wait_for_previous
 
 # A running maximum starts below every score, yet finite: -inf minus -inf would be NaN in an all-masked row.
 _LOWEST = tl.constexpr(-1e30)
@@ -37,12 +38,13 @@ def _decode_one_head(
     first_sequence, first_token, num_splits, table_stride, block_stride, value_stride, head_stride, token_stride, scale,
     NUM_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, DIM_TILE: tl.constexpr, TOKENS_PER_BLOCK: tl.constexpr,
     SPLIT_TOKENS: tl.constexpr, TILE_TOKENS: tl.constexpr, IS_ONLY_SPLIT: tl.constexpr, NUM_STAGES: tl.constexpr,
-    IS_INT8: tl.constexpr,
+    IS_INT8: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One query head per KV head: no dot, as 15 of 16 rows of a tensor core tile would be padding.
 
     Every token lane keeps its own running maximum, sum and result; they meet once, after the loop.
     """
+    start_next(OVERLAP)
     index, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     sequence = first_sequence + index
     length = tl.load(sequence_length_ptr + sequence)
@@ -115,7 +117,7 @@ def _decode_grouped_heads(
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_TILE: tl.constexpr,
     HEAD_SIZE: tl.constexpr, DIM_TILE: tl.constexpr, TOKENS_PER_BLOCK: tl.constexpr,
     SPLIT_TOKENS: tl.constexpr, TILE_TOKENS: tl.constexpr, IS_ONLY_SPLIT: tl.constexpr, NUM_STAGES: tl.constexpr,
-    IS_INT8: tl.constexpr, DOT_DTYPE: tl.constexpr,
+    IS_INT8: tl.constexpr, DOT_DTYPE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """GROUP query heads share a KV head: they are the rows of one tensor core tile, padded to GROUP_TILE.
 
@@ -125,6 +127,7 @@ def _decode_grouped_heads(
     """
     PLANES: tl.constexpr = 2 if IS_INT8 else 1
     WIDTH: tl.constexpr = HEAD_SIZE // PLANES
+    start_next(OVERLAP)
     index, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     sequence = first_sequence + index
     length = tl.load(sequence_length_ptr + sequence)
@@ -201,9 +204,11 @@ def _decode_grouped_heads(
 def _combine_splits(
     partial_ptr, lse_ptr, sequence_length_ptr, out_ptr, first_sequence, first_token, num_splits,
     NUM_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, DIM_TILE: tl.constexpr, SPLIT_TOKENS: tl.constexpr,
-    CHUNK: tl.constexpr,
+    CHUNK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """out = sum_s 2^lse[s] partial[s] / sum_s 2^lse[s], the splits of one sequence and head taken in order."""
+    start_next(OVERLAP)
+    wait_for_previous(OVERLAP)
     index, head = tl.program_id(0), tl.program_id(1)
     used_splits = tl.cdiv(tl.load(sequence_length_ptr + first_sequence + index), SPLIT_TOKENS)
     dims = tl.arange(0, DIM_TILE)
@@ -262,6 +267,7 @@ def decode_attention(
     sizes = dict(
         NUM_HEADS=num_heads, HEAD_SIZE=head_size, DIM_TILE=padded_width(pool.shape[4]), IS_INT8=is_int8,
         TOKENS_PER_BLOCK=past_key_value.shape[3], SPLIT_TOKENS=split_tokens, IS_ONLY_SPLIT=is_only_split,
+        OVERLAP=has_dependent_launch(q.device),
     )  # fmt: skip
     grid = (decodes, num_kv_heads, num_splits)
     if group == 1:
@@ -283,5 +289,5 @@ def decode_attention(
         _combine_splits[(decodes, num_heads)](
             partial, lse, sequence_length, out, step.num_contexts, step.num_context_tokens, num_splits,
             NUM_HEADS=num_heads, HEAD_SIZE=head_size, DIM_TILE=padded_width(head_size), SPLIT_TOKENS=split_tokens,
-            CHUNK=16, num_warps=4,
+            CHUNK=16, num_warps=4, **overlapping(q.device),
         )  # fmt: skip

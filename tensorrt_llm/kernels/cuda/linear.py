@@ -1,9 +1,10 @@
-"""Matmul through cuBLAS, and the row gathers: embedding lookup and the choice of the tokens that get logits.
+"""Matmul, and the row gathers: embedding lookup and the choice of the tokens that get logits.
 
     matmul(x, weight, bias) = x weight^T + bias   x [tokens, k], weight [n, k], bias [n] -> [tokens, n]
 
-cuBLAS accumulates in float32. Whether it may reduce partial sums in 16 bits, or multiply float32 as TF32, are
-switches of the process (torch.backends.cuda.matmul); this file does not touch them.
+A few tokens are dense.py's, more are cuBLAS's, which accumulates in float32. Whether it may reduce partial sums in 16
+bits, or multiply float32 as TF32, are switches of the process (torch.backends.cuda.matmul); this file does not touch
+them.
 """
 
 import logging
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from ...dtype import torch_dtype
+from . import dense
 
 logger = logging.getLogger(__name__)
 
@@ -20,6 +22,8 @@ logger = logging.getLogger(__name__)
 def matmul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, dtype: str) -> torch.Tensor:
     """x weight^T + bias in `dtype`; float32 results of 16-bit inputs come straight from the float32 accumulator."""
     out_dtype = torch_dtype(dtype)
+    if dense.takes(x, weight):
+        return dense.multiply(x, weight, bias, dtype, is_gated=False)
     if x.dtype == weight.dtype == out_dtype:
         return F.linear(x, weight, bias)
     if x.dtype == weight.dtype and out_dtype == torch.float32 and x.is_cuda:

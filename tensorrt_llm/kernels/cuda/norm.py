@@ -15,18 +15,21 @@ import triton
 import triton.language as tl
 
 from ...dtype import torch_dtype
+from .overlap import overlapping, start_next, wait_for_previous
 
 
 @triton.jit
 def _rms_norm(
     x_ptr, y_ptr, weight_ptr, sum_ptr, out_ptr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, EPS: tl.constexpr,
-    HAS_ADDEND: tl.constexpr,
+    HAS_ADDEND: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    start_next(OVERLAP)
     row = tl.program_id(0).to(tl.int64) * HIDDEN
     columns = tl.arange(0, BLOCK)
     mask = columns < HIDDEN
-    x = tl.load(x_ptr + row + columns, mask=mask, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+    wait_for_previous(OVERLAP)
+    x = tl.load(x_ptr + row + columns, mask=mask, other=0.0).to(tl.float32)
     if HAS_ADDEND:
         x += tl.load(y_ptr + row + columns, mask=mask, other=0.0).to(tl.float32)
         tl.store(sum_ptr + row + columns, x, mask=mask)
@@ -70,5 +73,6 @@ def _launch(
     # loads of the float32 residual, all in flight at once; 4096 columns take 16 warps.
     num_warps = min(max(block // 256, 1), 16)
     _rms_norm[(rows,)](
-        x, y, weight, total, out, HIDDEN=hidden, BLOCK=block, EPS=eps, HAS_ADDEND=y is not None, num_warps=num_warps
-    )
+        x, y, weight, total, out, HIDDEN=hidden, BLOCK=block, EPS=eps, HAS_ADDEND=y is not None, num_warps=num_warps,
+        **overlapping(x.device),
+    )  # fmt: skip

@@ -26,6 +26,7 @@ import triton.language as tl
 from ..step import StepShape
 from .int8_rows import quantize_rows
 from .kv_pool import padded_width, pool_strides, token_offsets
+from .overlap import overlapping, start_next, wait_for_previous
 
 
 @triton.jit
@@ -71,7 +72,9 @@ def _rope_kv(
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, TOKENS_PER_BLOCK: tl.constexpr,
     ROTARY_DIM: tl.constexpr, LOG2_BASE: tl.constexpr, NTK_LENGTH: tl.constexpr, LOGN_LENGTH: tl.constexpr,
     ONE_TOKEN_EACH: tl.constexpr, IS_INT8: tl.constexpr, HEAD_TILE: tl.constexpr, DIM_TILE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    start_next(OVERLAP)
     token = tl.program_id(0)
     heads = tl.program_id(1) * HEAD_TILE + tl.arange(0, HEAD_TILE)
     dims = tl.arange(0, DIM_TILE)
@@ -94,6 +97,7 @@ def _rope_kv(
     sine = tl.where(dims < HALF, -sine, tl.where(dims < ROTARY_DIM, sine, 0.0))
     partner = tl.where(dims < HALF, dims + HALF, tl.where(dims < ROTARY_DIM, dims - HALF, dims))
 
+    wait_for_previous(OVERLAP)  # the inputs of a step, read until here, are older than all its kernels
     # [HEAD_TILE, DIM_TILE]
     is_query = heads < NUM_HEADS
     is_value = heads >= NUM_HEADS + NUM_KV_HEADS
@@ -156,5 +160,6 @@ def rope_kv(
         ROTARY_DIM=rotary_dim, LOG2_BASE=math.log2(rotary_base), NTK_LENGTH=ntk_length, LOGN_LENGTH=logn_length,
         ONE_TOKEN_EACH=step.max_query_length == 1 and tokens == step.batch_size,
         IS_INT8=key_value_scales is not None, HEAD_TILE=head_tile, DIM_TILE=padded_width(head_size), num_warps=4,
+        **overlapping(qkv.device),
     )  # fmt: skip
     return q

@@ -19,14 +19,19 @@ import triton.language as tl
 from ...dtype import torch_dtype
 from .epilogue import interleaved, store_outputs, tile_rows
 from .int8_rows import quantize_rows, round_to_int8
+from .integer_planes import HAS_PTX
+from .overlap import overlapping, start_next, wait_for_previous
 
 
 @triton.jit
 def _quantize(
     x_ptr, smoother_ptr, scale_ptr, q_ptr,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, HAS_SMOOTHER: tl.constexpr, IS_STATIC: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One row. A static scale is read; otherwise the row's own is written."""
+    start_next(OVERLAP)
+    wait_for_previous(OVERLAP)
     token = tl.program_id(0)
     columns = tl.arange(0, BLOCK)[None, :]
     mask = columns < WIDTH
@@ -44,9 +49,16 @@ def _quantize(
 
 
 @triton.jit
-def _byte(words, INDEX: tl.constexpr):
-    """The signed byte INDEX of int32 words, in int32."""
-    return (words << (24 - 8 * INDEX)) >> 24
+def _dot_bytes(sums, left, right):
+    """sums plus the products of the four signed bytes of each int32 word of left and right."""
+    if HAS_PTX:
+        sums = tl.inline_asm_elementwise(
+            "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [left, right, sums], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        for index in tl.static_range(4):
+            sums += ((left << (24 - 8 * index)) >> 24) * ((right << (24 - 8 * index)) >> 24)
+    return sums
 
 
 @triton.jit
@@ -59,21 +71,28 @@ def _scaled(sums, rows, token_ids, tokens, x_scale_ptr, x_scale_stride, weight_s
 
 @triton.jit
 def _stream_rows(
-    x_ptr, x_scale_ptr, weight_ptr, weight_scale_ptr, bias_ptr, out_ptr, num_rows, words,
-    ROW_TILE: tl.constexpr, WORD_TILE: tl.constexpr, HAS_BIAS: tl.constexpr, IS_GATED: tl.constexpr,
+    x_ptr, x_scale_ptr, weight_ptr, weight_scale_ptr, bias_ptr, out_ptr, num_rows,
+    WORDS: tl.constexpr, ROW_TILE: tl.constexpr, WORD_TILE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    IS_GATED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One token: rows of the weight go by once, four int8 of one int32 word at a time."""
+    """One token: rows of the weight go by once, four int8 of one int32 word at a time.
+
+    The first piece of every row is in flight before the wait for x.
+    """
+    start_next(OVERLAP)
     tile = tl.program_id(0)
     rows = tile_rows(tile, num_rows, ROW_TILE)
     lanes = tl.arange(0, WORD_TILE)
-    weight_ptrs = weight_ptr + (rows.to(tl.int64) * words)[:, None] + lanes[None, :]
+    weight_ptrs = weight_ptr + (rows.to(tl.int64) * WORDS)[:, None] + lanes[None, :]
+    weight = tl.load(weight_ptrs, mask=(lanes < WORDS)[None, :], other=0, eviction_policy="evict_first")
+    wait_for_previous(OVERLAP)
     sums = tl.zeros([ROW_TILE, WORD_TILE], tl.int32)
-    for first in range(0, words, WORD_TILE):
-        mask = lanes < words - first
-        weight = tl.load(weight_ptrs + first, mask=mask[None, :], other=0, eviction_policy="evict_first")
-        x = tl.load(x_ptr + first + lanes, mask=mask, other=0, eviction_policy="evict_last")
-        for index in tl.static_range(4):
-            sums += _byte(weight, index) * _byte(x, index)[None, :]
+    for first in tl.static_range(0, WORDS, WORD_TILE):
+        mask = (lanes < WORDS - first)[None, :]
+        if first > 0:
+            weight = tl.load(weight_ptrs + first, mask=mask, other=0, eviction_policy="evict_first")
+        x = tl.load(x_ptr + first + lanes[None, :], mask=mask, other=0, eviction_policy="evict_last")
+        sums = _dot_bytes(sums, weight, tl.broadcast_to(x, [ROW_TILE, WORD_TILE]))
     token_ids = tl.arange(0, 1)
     y = _scaled(tl.sum(sums, axis=1)[None, :], rows, token_ids, 1, x_scale_ptr, 0, weight_scale_ptr)
     store_outputs(y, tile, token_ids, 1, num_rows, bias_ptr, out_ptr, 1, ROW_TILE, HAS_BIAS, IS_GATED)
@@ -125,7 +144,7 @@ def _launch_quantize(
         # As in norm.py: one row is one program, and its latency counts.
         _quantize[(tokens,)](
             x, smoother, scale, q, WIDTH=width, BLOCK=block, HAS_SMOOTHER=smoother is not None, IS_STATIC=is_static,
-            num_warps=min(max(block // 256, 1), 16),
+            num_warps=min(max(block // 256, 1), 16), **overlapping(x.device),
         )  # fmt: skip
     return q
 
@@ -174,23 +193,21 @@ def _launch_matmul(
     if tokens == 0:
         return out
     flags = dict(HAS_BIAS=bias is not None, IS_GATED=is_gated)
-    if tokens == 1 and num_rows <= 8192 and depth % 4 == 0:
-        # Few rows make too few tiles to keep all SMs reading. Measured on an H200: 4096 rows of 11008 take 15.9 us this
-        # way and 18.3 us in tiles, 22016 of 4096 take 27.5 us and 24.6 us.
+    if tokens == 1 and depth % 4 == 0:
         words = depth // 4
         word_tile = min(512, max(triton.next_power_of_2(words), 128))
         _stream_rows[(triton.cdiv(num_rows, 4),)](
-            x.view(torch.int32), x_scale, weight.view(torch.int32), weight_scale, bias, out, num_rows, words,
-            ROW_TILE=4, WORD_TILE=word_tile, **flags, num_warps=word_tile // 128,
+            x.view(torch.int32), x_scale, weight.view(torch.int32), weight_scale, bias, out, num_rows, WORDS=words,
+            ROW_TILE=4, WORD_TILE=word_tile, **flags, num_warps=word_tile // 128, **overlapping(x.device),
         )  # fmt: skip
         return out
     if tokens > 64 and triton.cdiv(tokens, 128) * triton.cdiv(num_rows, 128) >= 128:
         # Three stages let two programs share an SM: 1.4 times as fast as four at 2048 tokens (H200).
         token_tile, row_tile, depth_tile, num_stages, num_warps = 128, 128, 128, 3, 8
     else:
-        token_tile, row_tile, num_stages, num_warps = min(max(16, triton.next_power_of_2(tokens)), 64), 64, 4, 4
-        # Bound by memory: with fewer tiles than SMs each must have more under way.
-        depth_tile = 128 if triton.cdiv(num_rows, row_tile) >= 128 else 256
+        # Bound by memory: with fewer tiles than SMs each must have more under way (H200, the shapes of a 7B model).
+        token_tile, row_tile, depth_tile, num_warps = min(max(16, triton.next_power_of_2(tokens)), 64), 64, 256, 4
+        num_stages = 3 if triton.cdiv(num_rows, row_tile) >= 128 else 4
     # Token tiles come first in the grid, so programs that run together share rows of the weight.
     _multiply_tiles[(triton.cdiv(tokens, token_tile), triton.cdiv(num_rows, row_tile))](
         x, x_scale, weight, weight_scale, bias, out, tokens, num_rows, depth, 1 if x_scale.ndim == 2 else 0,

@@ -10,15 +10,16 @@ so lanes that take neighbouring words find neighbouring x for each of the PLANES
 shape of the words. A plane lies in one group: PLANE is 64, or less where groups need it. k is padded to whole blocks.
 Scales and zeros are [groups, n]. Rows of fc and gate take turns (epilogue.py).
 
-Three ways to multiply, by the number of tokens: rows of weight streamed through float32 FMAs; tensor cores on the
-integers, which float16 and bfloat16 both hold exactly, with the scale put on the float32 sum of a group; and, where the
-weight is read often enough to pay, cuBLAS on a weight widened in memory. Only that third one rounds the weight, to x's
-dtype: to 11 bits in float16, 8 in bfloat16, as x itself was rounded when it came to be.
+Three ways to multiply, by the number of tokens: rows of weight streamed through float32 FMAs, whose sums lose up to 8
+bits to a trick that saves conversions (`_times_integers`); tensor cores on the integers, which float16 and bfloat16
+both hold exactly, with the scale put on the float32 sum of a group; and, where the weight is read often enough to pay,
+and always in float32, cuBLAS on a weight widened in memory. Only that third one rounds the weight, to x's dtype: to 11
+bits in float16, 8 in bfloat16, as x itself was rounded when it came to be.
 A row of x has the same bits in any batch that is multiplied the same way.
 """
 
-# mypy: allow-untyped-defs
-# The arguments of a kernel are Triton's values, for which Python has no types.
+# mypy: allow-untyped-defs, disable-error-code=assignment
+# The values of a kernel are Triton's, for which Python has no types: its tuples grow.
 
 import math
 from dataclasses import dataclass
@@ -32,84 +33,139 @@ from ...dtype import dtype_name, torch_dtype
 from ...quantization.quantize import integers_of
 from ..quantized_reference import split_optional
 from .epilogue import interleaved, store_outputs, tile_rows
-from .integer_planes import integer_plane
+from .integer_planes import HAS_PTX, integer_plane
 from .kv_pool import dot_dtype
 from .linear import matmul
+from .overlap import overlapping, start_next, wait_for_previous
 
-# As bits: 2^23 as a float32, whose last bit is worth one. An integer below 2^23 in its place is that float plus it.
-# The kernel takes it as an argument: an instruction has room for one constant, and the mask is one already.
-_TWO_TO_23 = 0x4B000000
+# The bits of one in float32. An integer among the last 23 of them adds its share of one. The kernel takes this as an
+# argument: an instruction has room for one constant, and that is the mask or the choice of bytes.
+_ONE = 0x3F800000
 
 
 @triton.jit
-def _integer(words, zero, two_to_23, INDEX: tl.constexpr, BITS: tl.constexpr):
-    """Integer INDEX of int32 words, less zero, in float32 and exact: and, or and one FMA, no conversion.
+def _times_integers(words, one, even, odd, minus_ones, PLANE_INDEX: tl.constexpr, BITS: tl.constexpr):
+    """Integers of plane PLANE_INDEX times x, in 1 / UNIT: even for the low halves of words, odd for the high.
 
-    As in integer_planes.py, but of 32 bits: it stays where it lies in its half of the word.
+    No conversions: an unsigned integer u in bits 8, 12 or 16 of a one makes 1 + u / 2^15, 1 + u / 2^11 or 1 + u / 2^7.
+    What ones and offsets add to the two products is taken off at once, so that what is rounded beside a one is no more
+    than a pair of products: they keep 16 of their 24 bits, five more than x has in float16.
     """
-    SHIFT: tl.constexpr = INDEX * BITS % 16
-    half = words if INDEX * BITS < 16 else words >> 16
-    bits = (half & ((1 << BITS) - 1 << SHIFT)) | two_to_23
-    return bits.to(tl.float32, bitcast=True) * (2.0**-SHIFT) - (zero + (2.0 ** (23 - SHIFT) + 2 ** (BITS - 1)))
+    if BITS == 8:
+        low, high = _one_with_byte(words, one, PLANE_INDEX), _one_with_byte(words, one, PLANE_INDEX + 2)
+    else:
+        if PLANE_INDEX == 0:
+            low, high = words << 16, words
+        elif PLANE_INDEX == 3:
+            low, high = words, words >> 16
+        else:
+            low, high = words << 8, words >> 8
+        MASK: tl.constexpr = 0xF << (16 - PLANE_INDEX % 2 * 4)
+        low, high = (low & MASK) | one, (high & MASK) | one
+    return low.to(tl.float32, bitcast=True) * even + minus_ones + high.to(tl.float32, bitcast=True) * odd
+
+
+@triton.constexpr_function
+def _byte_ptx(index):
+    """Byte `index` of the first operand between bytes 0, 2 and 3 of the second."""
+    return f"prmt.b32 $0, $1, $2, 0x76{index}4;"
+
+
+@triton.jit
+def _one_with_byte(words, one, INDEX: tl.constexpr):
+    """The bits of 1 + u / 2^15, u byte INDEX of int32 words: one instruction puts four bytes together."""
+    if HAS_PTX:
+        bits = tl.inline_asm_elementwise(_byte_ptx(INDEX), "=r,r,r", [words, one], dtype=tl.int32, is_pure=True, pack=1)
+    else:
+        bits = ((words >> 8 * INDEX) & 0xFF) << 8 | one
+    return bits
+
+
+@triton.jit
+def _lifted(x, PLANE_INDEX: tl.constexpr, BITS: tl.constexpr):
+    """x as `_times_integers` wants it: four bits in bit 12 count for a sixteenth of those in bit 16."""
+    return x * 16.0 if BITS == 4 and PLANE_INDEX % 2 else x
 
 
 @triton.jit
 def _load_pairs(x_ptr, offsets, mask, DTYPE: tl.constexpr):
-    """x[2 * offsets] and x[2 * offsets + 1] in float32; x_ptr is int32 where x has 16 bits, two to a word."""
-    if DTYPE == tl.float32:
-        even = tl.load(x_ptr + 2 * offsets, mask=mask, other=0.0)
-        odd = tl.load(x_ptr + 2 * offsets + 1, mask=mask, other=0.0)
+    """x[2 * offsets] and x[2 * offsets + 1] in float32, of x in DTYPE that comes as int32 words of two."""
+    pairs = tl.load(x_ptr + offsets, mask=mask, other=0, eviction_policy="evict_last")
+    if DTYPE == tl.bfloat16:
+        even = (pairs << 16).to(tl.float32, bitcast=True)
+        odd = (pairs & -65536).to(tl.float32, bitcast=True)
     else:
-        pairs = tl.load(x_ptr + offsets, mask=mask, other=0, eviction_policy="evict_last")
-        if DTYPE == tl.bfloat16:
-            even = (pairs << 16).to(tl.float32, bitcast=True)
-            odd = (pairs & -65536).to(tl.float32, bitcast=True)
-        else:
-            even = pairs.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-            odd = (pairs >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        even = pairs.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        odd = (pairs >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
     return even, odd
 
 
-@triton.jit(do_not_specialize=["two_to_23"])
+@triton.jit
+def _quarters(tile, BLOCKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """[BLOCKS, ROWS, COLUMNS] -> four of a quarter of the columns each. A lane's 16 bytes are one word of each."""
+    halves = tl.split(tl.reshape(tile, [BLOCKS, ROWS, COLUMNS // 4, 2, 2]))
+    first, third = tl.split(halves[0])
+    second, fourth = tl.split(halves[1])
+    return first, second, third, fourth
+
+
+@triton.jit(do_not_specialize=["one"])
 def _stream_rows(
-    x_ptr, words_ptr, scale_ptr, zero_ptr, bias_ptr, out_ptr, num_rows, depth, num_blocks, num_groups, two_to_23,
-    ROW_TILE: tl.constexpr, BLOCK_TILE: tl.constexpr, X_DTYPE: tl.constexpr,
-    BITS: tl.constexpr, PLANE: tl.constexpr, PLANES_PER_SCALE: tl.constexpr, PLANES_PER_GROUP: tl.constexpr,
-    HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, IS_GATED: tl.constexpr,
+    x_ptr, words_ptr, scale_ptr, zero_ptr, bias_ptr, out_ptr, num_rows, num_groups, one,
+    DEPTH: tl.constexpr, NUM_BLOCKS: tl.constexpr, ROW_TILE: tl.constexpr, BLOCK_TILE: tl.constexpr,
+    X_DTYPE: tl.constexpr, BITS: tl.constexpr, PLANE: tl.constexpr, PLANES_PER_SCALE: tl.constexpr,
+    PLANES_PER_GROUP: tl.constexpr, HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, IS_GATED: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One token: every lane takes eight words of each row, two in an int32, and keeps four sums for each row.
+    """One token: a lane takes eight words of each row, two in an int32, and keeps one sum for each row.
 
     Tiles are [blocks, rows, pairs of words]: that order of dims is the one in which Triton deals them out to lanes
-    alike for all operands. Nothing then moves between lanes before the last sums.
+    alike for all operands. Nothing then moves between lanes before the last sums. The first piece of every row is in
+    flight before the wait for x.
     """
+    start_next(OVERLAP)
     PLANES: tl.constexpr = 16 // BITS
     PAIRS: tl.constexpr = PLANE // 2
+    UNIT: tl.constexpr = 2.0**15 if BITS == 8 else 2.0**7  # what an integer adds to a one is 1 / UNIT of it
     tile = tl.program_id(0)
-    rows = tile_rows(tile, num_rows, ROW_TILE)
+    rows = tile_rows(tile, num_rows, ROW_TILE)[None, :, None]
     lanes = tl.arange(0, PAIRS)[None, None, :]
-    word_rows_ptr = words_ptr + (rows.to(tl.int64) * (num_blocks * PAIRS))[None, :, None] + lanes
-    sums = tl.zeros([BLOCK_TILE, ROW_TILE, PAIRS], tl.float32)
-    for first in range(0, num_blocks, BLOCK_TILE):
-        blocks = (first + tl.arange(0, BLOCK_TILE))[:, None, None]
-        words = tl.load(
-            word_rows_ptr + blocks * PAIRS, mask=blocks < num_blocks, other=0, eviction_policy="evict_first"
-        )
+    blocks = tl.arange(0, BLOCK_TILE)[:, None, None]
+    word_ptrs = words_ptr + rows.to(tl.int64) * (NUM_BLOCKS * PAIRS) + blocks * PAIRS + lanes
+    words = tl.load(word_ptrs, mask=blocks < NUM_BLOCKS, other=0, eviction_policy="evict_first")
+    wait_for_previous(OVERLAP)
+    sums = tl.zeros([BLOCK_TILE, ROW_TILE, PAIRS // 4], tl.float32)
+    for first in tl.static_range(0, NUM_BLOCKS, BLOCK_TILE):
+        if first > 0:
+            in_row = blocks + first < NUM_BLOCKS
+            words = tl.load(word_ptrs + first * PAIRS, mask=in_row, other=0, eviction_policy="evict_first")
+        quarters = _quarters(words, BLOCK_TILE, ROW_TILE, PAIRS)
         for part in tl.static_range(PLANES // PLANES_PER_SCALE):
             group = blocks * 0
             if PLANES_PER_GROUP > 0:
-                group = (blocks * PLANES + part * PLANES_PER_SCALE) // PLANES_PER_GROUP
-            group_offsets = group * num_rows + rows[None, :, None]
+                group = ((blocks + first) * PLANES + part * PLANES_PER_SCALE) // PLANES_PER_GROUP
+            scale_offsets = group * num_rows + rows
             group_mask = group < num_groups
-            zero = 0.0
-            if HAS_ZERO:
-                zero = tl.load(zero_ptr + group_offsets, mask=group_mask, other=0).to(tl.float32)
-            group_sums = tl.zeros([BLOCK_TILE, ROW_TILE, PAIRS], tl.float32)
+            x_sums = tl.zeros([BLOCK_TILE, 1, PAIRS // 4], tl.float32)
+            group_sums = tl.zeros([BLOCK_TILE, ROW_TILE, PAIRS // 4], tl.float32)
             for plane in tl.static_range(part * PLANES_PER_SCALE, (part + 1) * PLANES_PER_SCALE):
-                pairs = (blocks * PLANES + plane) * PAIRS + lanes
-                even, odd = _load_pairs(x_ptr, pairs, pairs < depth // 2, X_DTYPE)
-                group_sums += _integer(words, zero, two_to_23, plane, BITS) * even
-                group_sums += _integer(words, zero, two_to_23, PLANES + plane, BITS) * odd
-            sums += group_sums * tl.load(scale_ptr + group_offsets, mask=group_mask, other=0.0).to(tl.float32)
+                pairs = ((blocks + first) * PLANES + plane) * PAIRS + lanes
+                even, odd = _load_pairs(x_ptr, pairs, pairs < DEPTH // 2, X_DTYPE)
+                even = _quarters(even, BLOCK_TILE, 1, PAIRS)
+                odd = _quarters(odd, BLOCK_TILE, 1, PAIRS)
+                for quarter in tl.static_range(4):
+                    both = even[quarter] + odd[quarter]
+                    x_sums += both
+                    minus_ones = -_lifted(both, plane, BITS) - both * (2.0 ** (BITS - 1) / UNIT)
+                    group_sums += _times_integers(
+                        quarters[quarter], one, _lifted(even[quarter], plane, BITS),
+                        _lifted(odd[quarter], plane, BITS), minus_ones, plane, BITS,
+                    )  # fmt: skip
+            group_sums *= UNIT
+            if HAS_ZERO:
+                zero = tl.load(zero_ptr + scale_offsets, mask=group_mask, other=0).to(tl.float32)
+                group_sums -= zero * x_sums
+            sums += group_sums * tl.load(scale_ptr + scale_offsets, mask=group_mask, other=0.0).to(tl.float32)
     y = tl.sum(tl.sum(sums, axis=2), axis=0)[None, :]
     store_outputs(y, tile, tl.arange(0, 1), 1, num_rows, bias_ptr, out_ptr, 1, ROW_TILE, HAS_BIAS, IS_GATED)
 
@@ -125,9 +181,9 @@ def _multiply_tiles(
 ):  # fmt: skip
     """More tokens: tensor cores, a block at a time and a dot for each of its planes.
 
-    The weight is the left operand: tensor cores take that one from the registers in which it is unpacked, and its side
-    of a tile has at least 64 rows. IS_WHOLE says that depth is a number of whole blocks; with IS_SPLIT the blocks of a
-    row are divided among programs, whose float32 sums wait for `_add_splits`.
+    The weight is the left operand: tensor cores take that one from the registers in which it is unpacked. IS_WHOLE says
+    that depth is a number of whole blocks; with IS_SPLIT the blocks of a row are divided among programs, whose float32
+    sums wait for `_add_splits`.
     """
     PLANES: tl.constexpr = 16 // BITS
     tile, split = tl.program_id(1), tl.program_id(2)
@@ -180,9 +236,11 @@ def _multiply_tiles(
 @triton.jit(do_not_specialize=["tokens"])
 def _add_splits(
     partial_ptr, bias_ptr, out_ptr, tokens, num_rows, num_splits,
-    ROW_TILE: tl.constexpr, HAS_BIAS: tl.constexpr, IS_GATED: tl.constexpr,
+    ROW_TILE: tl.constexpr, HAS_BIAS: tl.constexpr, IS_GATED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Sums over partial [splits, tokens, rows] in order, then the end of a matmul."""
+    start_next(OVERLAP)
+    wait_for_previous(OVERLAP)
     tile = tl.program_id(0)
     token_ids = tl.program_id(1) + tl.arange(0, 1)
     columns = tile * ROW_TILE + tl.arange(0, ROW_TILE)[None, :]
@@ -337,12 +395,12 @@ def _multiply(
     """Choose one of the three ways, by times on an H200 at the shapes of a 7B model (tools/gpu_check.py)."""
     tokens = x.shape[0]
     assert x.is_contiguous() and weight.words.is_contiguous(), "weight-only matmul: rows must be contiguous"
-    if tokens == 1 and weight.depth % 2 == 0:
-        return _launch_stream(x, weight, bias, dtype, is_gated)
-    # Unpacking a weight for each 64 tokens costs what widening it once does at about 256. Float32 has no tensor cores:
-    # there cuBLAS is the best from the second token on.
+    # Unpacking a weight for each 64 tokens costs what widening it once does at about 256. Float32 is for exactness, and
+    # has no tensor cores: cuBLAS does all of it.
     if tokens > 256 or x.dtype == torch.float32:
         return _multiply_widened(x, weight, bias, dtype, is_gated)
+    if tokens == 1 and weight.depth % 2 == 0:
+        return _launch_stream(x, weight, bias, dtype, is_gated)
     return _launch_tiles(x, weight, bias, dtype, is_gated)
 
 
@@ -355,15 +413,18 @@ def _launch_stream(
     x: torch.Tensor, weight: _Weight, bias: torch.Tensor | None, dtype: str, is_gated: bool
 ) -> torch.Tensor:
     out = _empty_output(1, weight, dtype, is_gated, x.device)
-    # 256 pairs of words are 16 bytes for each lane of two warps; with 4 rows 8 KB are under way in a program.
-    block_tile = min(512 // weight.plane, triton.next_power_of_2(weight.num_blocks))
-    x_dtype = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[x.dtype]
-    _stream_rows[(triton.cdiv(weight.num_rows, 4),)](
-        x if x.dtype == torch.float32 else x.view(torch.int32), weight.words.view(torch.int32), weight.scale,
-        weight.zero, bias, out, weight.num_rows, weight.depth, weight.num_blocks, weight.num_groups, _TWO_TO_23,
-        ROW_TILE=4, BLOCK_TILE=block_tile, X_DTYPE=x_dtype, PLANES_PER_SCALE=_planes_per_scale(weight),
-        **weight.layout, HAS_BIAS=bias is not None, IS_GATED=is_gated,
-        num_warps=max(1, block_tile * weight.plane // 256),
+    # Pieces of rows that keep most loads in flight, by times on an H200 at the shapes of a 7B model: 3.1 to 3.9 TB/s
+    # for int8, and 1.7 to 2.6 TB/s for int4, whose instructions bound it.
+    piece_bytes = 256 * weight.bits
+    row_tile = 8 if weight.depth * weight.bits <= 16384 else 4
+    block_tile = min(piece_bytes // (2 * weight.plane), triton.next_power_of_2(weight.num_blocks))
+    _stream_rows[(triton.cdiv(weight.num_rows, row_tile),)](
+        x.view(torch.int32), weight.words.view(torch.int32), weight.scale,
+        weight.zero, bias, out, weight.num_rows, weight.num_groups, _ONE,
+        DEPTH=weight.depth, NUM_BLOCKS=weight.num_blocks, ROW_TILE=row_tile, BLOCK_TILE=block_tile,
+        X_DTYPE=tl.float16 if x.dtype == torch.float16 else tl.bfloat16,
+        PLANES_PER_SCALE=_planes_per_scale(weight), **weight.layout, HAS_BIAS=bias is not None, IS_GATED=is_gated,
+        num_warps=max(1, block_tile * weight.plane // 256), **overlapping(x.device),
     )  # fmt: skip
     return out
 
@@ -375,11 +436,18 @@ def _launch_tiles(
     out = _empty_output(tokens, weight, dtype, is_gated, x.device)
     if tokens == 0:
         return out
-    token_tile, row_tile = min(max(16, triton.next_power_of_2(tokens)), 64), 64
-    # A dot waits for the one before it, so it takes about three programs an SM to keep it busy: where rows are too few
-    # for that, each is divided into pieces of four blocks or more.
+    # H200, the shapes of a 7B model. Few tokens leave tiles of 32 rows, too few for wgmma, so that a dot does not wait
+    # for the one before. It takes many programs to keep an SM busy: where rows are too few for that, each is divided
+    # into pieces of four blocks or more.
+    if tokens <= 8:
+        token_tile, row_tile, num_stages, num_warps = 8, 32, 5, 2
+        wanted_programs = 1056 if weight.bits == 4 else 528
+    else:
+        token_tile, row_tile, num_warps = min(triton.next_power_of_2(tokens), 64), 64, 4
+        num_stages = 3 if weight.bits == 4 or token_tile > 32 else 5
+        wanted_programs = 528
     tiles = triton.cdiv(tokens, token_tile) * triton.cdiv(weight.num_rows, row_tile)
-    num_splits = max(1, min(384 // tiles, weight.num_blocks // 4))
+    num_splits = max(1, min(wanted_programs // tiles, weight.num_blocks // 4))
     blocks_per_split = triton.cdiv(weight.num_blocks, num_splits)
     num_splits = triton.cdiv(weight.num_blocks, blocks_per_split)
     partial = out
@@ -389,10 +457,10 @@ def _launch_tiles(
     _multiply_tiles[(triton.cdiv(tokens, token_tile), triton.cdiv(weight.num_rows, row_tile), num_splits)](
         x, weight.words, weight.scale, weight.zero, bias, out, partial,
         tokens, weight.num_rows, depth, weight.num_blocks, weight.num_groups, blocks_per_split,
-        TOKEN_TILE=token_tile, ROW_TILE=row_tile, NUM_STAGES=4 if weight.bits == 8 and token_tile <= 32 else 3,
-        DOT_DTYPE=dot_dtype(x.dtype),
+        TOKEN_TILE=token_tile, ROW_TILE=row_tile, NUM_STAGES=num_stages, DOT_DTYPE=dot_dtype(x.dtype),
         PLANES_PER_SCALE=_planes_per_scale(weight), **weight.layout, HAS_BIAS=bias is not None, IS_GATED=is_gated,
-        IS_WHOLE=depth % (16 // weight.bits * weight.plane) == 0, IS_SPLIT=num_splits > 1, num_warps=4,
+        IS_WHOLE=depth % (16 // weight.bits * weight.plane) == 0, IS_SPLIT=num_splits > 1,
+        num_warps=num_warps,
     )  # fmt: skip
     if num_splits > 1:
         _launch_add_splits(partial, bias, out, is_gated)
@@ -409,7 +477,7 @@ def _launch_add_splits(partial: torch.Tensor, bias: torch.Tensor | None, out: to
     row_tile = min(1024, max(2, triton.next_power_of_2(num_rows)))
     _add_splits[(triton.cdiv(num_rows, row_tile), tokens)](
         partial, bias, out, tokens, num_rows, num_splits, ROW_TILE=row_tile, HAS_BIAS=bias is not None,
-        IS_GATED=is_gated, num_warps=4,
+        IS_GATED=is_gated, num_warps=4, **overlapping(out.device),
     )  # fmt: skip
 
 

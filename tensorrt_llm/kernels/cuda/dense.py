@@ -1,0 +1,120 @@
+"""Matmuls with a weight of floats, for the few tokens of a decode step: x W^T + bias, and silu(x F^T) * (x G^T).
+
+    x [tokens, k], W [n, k] -> [tokens, n];  rows of F and of G take turns in one weight (epilogue.py)
+
+Both kernels are bound by the reading of the weight. One token: rows are streamed through float32 FMAs, the first of
+them while the kernel before still runs (overlap.py). Up to MOST_TOKENS: tensor cores, with the weight as the left
+operand, whose side of a tile has 64 rows, so that few tokens are little padding.
+Sums are in float32 and in a fixed order: a row of x has the same bits in any batch that is multiplied the same way.
+"""
+
+# mypy: allow-untyped-defs
+# The arguments of a kernel are Triton's values, for which Python has no types.
+
+import torch
+import triton
+import triton.language as tl
+
+from ...dtype import torch_dtype
+from .epilogue import store_outputs, tile_rows
+from .kv_pool import dot_dtype
+from .overlap import overlapping, start_next, wait_for_previous
+
+ROW_TILE = 64  # of the tensor cores' kernel: the least that Hopper's wgmma takes
+
+
+@triton.jit
+def _stream_rows(
+    x_ptr, weight_ptr, bias_ptr, out_ptr, num_rows,
+    DEPTH: tl.constexpr, ROW_TILE: tl.constexpr, DEPTH_TILE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, IS_GATED: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """One token. The first piece of every row is in flight before the wait for x."""
+    start_next(OVERLAP)
+    tile = tl.program_id(0)
+    rows = tile_rows(tile, num_rows, ROW_TILE)
+    lanes = tl.arange(0, DEPTH_TILE)
+    weight_ptrs = weight_ptr + (rows.to(tl.int64) * DEPTH)[:, None] + lanes[None, :]
+    weight = tl.load(weight_ptrs, mask=(lanes < DEPTH)[None, :], other=0.0, eviction_policy="evict_first")
+    wait_for_previous(OVERLAP)
+    x = tl.load(x_ptr + lanes, mask=lanes < DEPTH, other=0.0, eviction_policy="evict_last")
+    sums = weight.to(tl.float32) * x.to(tl.float32)[None, :]
+    for first in tl.static_range(DEPTH_TILE, DEPTH, DEPTH_TILE):
+        mask = lanes < DEPTH - first
+        weight = tl.load(weight_ptrs + first, mask=mask[None, :], other=0.0, eviction_policy="evict_first")
+        x = tl.load(x_ptr + first + lanes, mask=mask, other=0.0, eviction_policy="evict_last")
+        sums += weight.to(tl.float32) * x.to(tl.float32)[None, :]
+    y = tl.sum(sums, axis=1)[None, :]
+    store_outputs(y, tile, tl.arange(0, 1), 1, num_rows, bias_ptr, out_ptr, 1, ROW_TILE, HAS_BIAS, IS_GATED)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _multiply_tiles(
+    x_ptr, weight_ptr, bias_ptr, out_ptr, tokens, num_rows,
+    DEPTH: tl.constexpr, TOKEN_TILE: tl.constexpr, ROW_TILE: tl.constexpr, DEPTH_TILE: tl.constexpr,
+    NUM_STAGES: tl.constexpr, DOT_DTYPE: tl.constexpr, HAS_BIAS: tl.constexpr, IS_GATED: tl.constexpr,
+):  # fmt: skip
+    """More tokens, by tensor cores."""
+    tile = tl.program_id(0)
+    rows = tile_rows(tile, num_rows, ROW_TILE)
+    weight_rows_ptr = weight_ptr + (rows.to(tl.int64) * DEPTH)[:, None]
+    token_ids = tl.arange(0, TOKEN_TILE)
+    lanes = tl.arange(0, DEPTH_TILE)[None, :]
+    weight_ptrs = weight_rows_ptr + lanes
+    x_ptrs = x_ptr + (token_ids.to(tl.int64) * DEPTH)[:, None] + lanes
+    token_mask = (token_ids < tokens)[:, None]
+    sums = tl.zeros([ROW_TILE, TOKEN_TILE], tl.float32)
+    for first in tl.range(0, DEPTH, DEPTH_TILE, num_stages=NUM_STAGES):
+        if DEPTH % DEPTH_TILE == 0:
+            weight = tl.load(weight_ptrs + first)
+            x = tl.load(x_ptrs + first, mask=token_mask, other=0.0)
+        else:
+            mask = lanes < DEPTH - first
+            weight = tl.load(weight_ptrs + first, mask=mask, other=0.0)
+            x = tl.load(x_ptrs + first, mask=mask & token_mask, other=0.0)
+        sums = tl.dot(weight.to(DOT_DTYPE), tl.trans(x.to(DOT_DTYPE)), sums)
+    store_outputs(
+        tl.trans(sums), tile, token_ids, tokens, num_rows, bias_ptr, out_ptr, TOKEN_TILE, ROW_TILE, HAS_BIAS, IS_GATED
+    )
+
+
+def takes(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether `multiply` is the best there is for these operands; else cuBLAS is."""
+    tokens = x.shape[0]
+    if x.dtype != weight.dtype or not weight.is_contiguous():
+        return False
+    return tokens == 1 or (tokens <= MOST_TOKENS and x.dtype != torch.float32)
+
+
+# At 64 tokens cuBLAS is ahead by 7 to 20 %, at 32 behind by 2 to 12 % (H200, the shapes of a 7B model).
+MOST_TOKENS = 32
+
+
+def multiply(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: str, *, is_gated: bool
+) -> torch.Tensor:
+    """x weight^T + bias, or the gated product, in `dtype`; x and weight are what `takes` agrees to."""
+    (tokens, depth), num_rows = x.shape, weight.shape[0]
+    assert x.is_contiguous(), "dense matmul: rows must be contiguous"
+    width = num_rows // 2 if is_gated else num_rows
+    out = torch.empty((tokens, width), dtype=torch_dtype(dtype), device=x.device)
+    flags = dict(DEPTH=depth, HAS_BIAS=bias is not None, IS_GATED=is_gated)
+    if tokens == 1:
+        # Whole rows at once where they fit into registers: 64 bytes a lane are then in flight for each two rows. H200,
+        # of 4.6 TB/s: 12288 x 4096 4.1, 4096 x 4096 3.8, 22016 x 4096 4.3, 151936 x 4096 4.6, 4096 x 11008 4.2 TB/s.
+        is_short = depth * x.element_size() <= 8192
+        row_tile, num_warps = (8, 8) if is_short else (4, 4)
+        depth_tile = triton.next_power_of_2(depth) if is_short else 4096 // x.element_size()
+        _stream_rows[(triton.cdiv(num_rows, row_tile),)](
+            x, weight, bias, out, num_rows, ROW_TILE=row_tile, DEPTH_TILE=depth_tile, **flags, num_warps=num_warps,
+            **overlapping(x.device),
+        )  # fmt: skip
+        return out
+    # Where rows make fewer tiles than there are SMs, each program must have more under way.
+    num_stages = 3 if num_rows >= 132 * ROW_TILE else 5
+    token_tile = max(16, triton.next_power_of_2(tokens))
+    _multiply_tiles[(triton.cdiv(num_rows, ROW_TILE),)](
+        x, weight, bias, out, tokens, num_rows, TOKEN_TILE=token_tile, ROW_TILE=ROW_TILE, DEPTH_TILE=128,
+        NUM_STAGES=num_stages, DOT_DTYPE=dot_dtype(x.dtype), num_warps=4, **flags,
+    )  # fmt: skip
+    return out
