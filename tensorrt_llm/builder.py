@@ -37,7 +37,9 @@ class Builder:
     def create_network(self) -> Network:
         return Network()
 
-    def create_builder_config(self, model: Model, limits: Limits, quant_algo: str = "") -> EngineConfig:
+    def create_builder_config(
+        self, model: Model, limits: Limits, quant_algo: str = "", *, batch_invariant: bool = False
+    ) -> EngineConfig:
         """What the engine of `model` says of itself; `quant_algo` names how its weights were quantized."""
         mapping = model.mapping
         return EngineConfig(
@@ -45,6 +47,7 @@ class Builder:
             precision=model.dtype,
             quant_mode=int(model.quant_mode),
             quant_algo=quant_algo,
+            batch_invariant=batch_invariant,
             verdict=None,
             world_size=mapping.world_size,
             rank=mapping.rank,

@@ -36,7 +36,7 @@ from .quantization.mode import QuantMode
 from .verdict import Verdict
 
 FORMAT = "tensorrt_llm.engine"
-FORMAT_VERSION = "2"
+FORMAT_VERSION = "3"
 
 _SAFETENSORS_DTYPES = {
     "float32": "F32",
@@ -87,6 +87,7 @@ class EngineConfig:
     norm_epsilon: float
     quant_mode: int  # bits of QuantMode
     quant_algo: str  # "W8A16", "W4A16_GPTQ"...; empty when nothing is quantized
+    batch_invariant: bool  # on CUDA a sequence has the same bits in any batch
     world_size: int
     rank: int
     tp_size: int

@@ -186,6 +186,7 @@ def describe(engine: Engine, files: Sequence[EngineFile]) -> str:
             f"{config.precision}, {config.quant_algo or 'no quantized weights'}, "
             f"quant_mode {config.quant_mode} ({mode})",
             f"KV cache {config.kv_dtype}, {config.kv_bytes_per_token:,} bytes a token",
+            *(["batch-invariant: on CUDA a sequence has the same bits in any batch"] if config.batch_invariant else []),
         ],
         "Accuracy": [accuracy_of(config), *_worst_layers(config)],
         "Weights": [f"{engine.weight_bytes:,} bytes", *_weight_table(engine.plan)],

@@ -4,6 +4,7 @@ Every kernel has the signature of its reference. `prepare` turns an op's canonic
 kernel wants, once, when an engine is loaded. Knows no graph and no request.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,8 @@ import torch
 
 from . import quantized_reference, reference
 from .step import StepShape
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["Kernel", "StepShape", "kernels_for", "reference_kernels"]
 
@@ -54,14 +57,19 @@ def reference_kernels() -> dict[str, Kernel]:
     }
 
 
-def kernels_for(device: torch.device) -> dict[str, Kernel]:
-    """The kernels of `device`, over the reference where that is already the best there is."""
+def kernels_for(device: torch.device, *, batch_invariant: bool = False) -> dict[str, Kernel]:
+    """The kernels of `device`, over the reference where that is already the best there is.
+
+    With `batch_invariant` a row has the same bits in any step, on CUDA: for the CPU it is warned that nothing holds it.
+    """
     if device.type == "cpu":
         from .cpu import cpu_kernels
 
+        if batch_invariant:
+            logger.warning("this engine is batch-invariant on CUDA only: on the CPU bits may depend on the batch")
         return reference_kernels() | cpu_kernels()
     if device.type == "cuda":
         from .cuda import cuda_kernels  # imports triton, which a CPU installation need not have
 
-        return reference_kernels() | cuda_kernels()
+        return reference_kernels() | cuda_kernels(batch_invariant=batch_invariant)
     raise ValueError(f"no kernels for device {device}, expected cpu or cuda")

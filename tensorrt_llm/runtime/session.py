@@ -76,7 +76,8 @@ class Session:
                 f"running several ranks is not supported yet, build with --world_size 1 --tp_size 1"
             )
         prepare_device(self.device)
-        kernels = reference_kernels() if reference else kernels_for(self.device)
+        is_invariant = self.config.batch_invariant
+        kernels = reference_kernels() if reference else kernels_for(self.device, batch_invariant=is_invariant)
         self._executor = Executor(engine.plan, engine.weights, kernels, self.device, float32=reference)
         is_float = self.config.kv_dtype != "int8"
         self._kv_dtype = "float32" if reference and is_float else self.config.kv_dtype

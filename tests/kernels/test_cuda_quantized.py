@@ -185,7 +185,7 @@ def run_weight_only(
 
 
 def ones_error(weight: QuantizedWeight, x: torch.Tensor) -> float:
-    """What the stream of one token loses: each pair of products is rounded beside a one, of which it is a small part."""
+    """What the stream of one token loses: a pair of products is rounded beside a one, of which it is a small part."""
     integers_in_one = 2**15 if weight.bits == 8 else 2**11
     largest_pair = 2 * float(weight.scale.abs().max() * x.float().abs().max()) * integers_in_one
     return roundoff("float32") * largest_pair * x.shape[1] ** 0.5

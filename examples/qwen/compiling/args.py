@@ -49,6 +49,9 @@ class BuildArgs:
     per_token: bool = flag(False, help="SmoothQuant: a scale per token, found at run time, not one of calibration")
     per_channel: bool = flag(False, help="SmoothQuant: a scale per output channel of the weights, not one per matrix")
     ft_dir_path: Path | None = flag(None, help="folder that hf_qwen_convert.py wrote; weights are read from there")
+    batch_invariant: bool = flag(
+        False, help="on CUDA, the same bits for a sequence alone and in any batch; one way to multiply for all steps"
+    )
     int8_kv_cache: bool = flag(False, help="int8 keys and values, a scale per token and head, found at run time")
     accuracy_text: Path | None = flag(
         None,

@@ -101,4 +101,4 @@ class WeightSource:
             load_from_ft(model, self.ft, self.config, mapping)
         else:
             load_from_hf_qwen(model, self.args.hf_model_dir, self.config, mapping)
-        return compile_model(model, self.args.limits(), self.scheme.algo)
+        return compile_model(model, self.args.limits(), self.scheme.algo, batch_invariant=self.args.batch_invariant)

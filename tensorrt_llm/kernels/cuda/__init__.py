@@ -7,6 +7,7 @@ equal bits. The tests run the same files on CPU tensors through Triton's interpr
 
 from .. import Kernel
 from .attention import gpt_attention
+from .batch_invariant import batch_invariant_kernels
 from .gated_mlp import gated_mlp, prepare_gated_mlp
 from .linear import embedding, gather_last_token, matmul
 from .norm import add_rms_norm, rms_norm
@@ -25,9 +26,9 @@ from .weight_only import (
 )
 
 
-def cuda_kernels() -> dict[str, Kernel]:
+def cuda_kernels(*, batch_invariant: bool = False) -> dict[str, Kernel]:
     """The ops with a kernel of their own on CUDA; elementwise ones and permute_columns are torch's."""
-    return {
+    kernels = {
         "embedding": Kernel(embedding),
         "rms_norm": Kernel(rms_norm),
         "add_rms_norm": Kernel(add_rms_norm),
@@ -42,3 +43,4 @@ def cuda_kernels() -> dict[str, Kernel]:
         "smooth_quant_gemm": Kernel(smooth_quant_gemm),
         "smooth_quant_gated_mlp": Kernel(smooth_quant_gated_mlp, prepare=prepare_smooth_quant_gated_mlp),
     }
+    return kernels | batch_invariant_kernels() if batch_invariant else kernels

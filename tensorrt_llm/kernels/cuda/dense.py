@@ -55,10 +55,10 @@ def _multiply_tiles(
     NUM_STAGES: tl.constexpr, DOT_DTYPE: tl.constexpr, HAS_BIAS: tl.constexpr, IS_GATED: tl.constexpr,
 ):  # fmt: skip
     """More tokens, by tensor cores."""
-    tile = tl.program_id(0)
+    tile = tl.program_id(1)
     rows = tile_rows(tile, num_rows, ROW_TILE)
     weight_rows_ptr = weight_ptr + (rows.to(tl.int64) * DEPTH)[:, None]
-    token_ids = tl.arange(0, TOKEN_TILE)
+    token_ids = tl.program_id(0) * TOKEN_TILE + tl.arange(0, TOKEN_TILE)
     lanes = tl.arange(0, DEPTH_TILE)[None, :]
     weight_ptrs = weight_rows_ptr + lanes
     x_ptrs = x_ptr + (token_ids.to(tl.int64) * DEPTH)[:, None] + lanes
@@ -72,7 +72,7 @@ def _multiply_tiles(
             mask = lanes < DEPTH - first
             weight = tl.load(weight_ptrs + first, mask=mask, other=0.0)
             x = tl.load(x_ptrs + first, mask=mask & token_mask, other=0.0)
-        sums = tl.dot(weight.to(DOT_DTYPE), tl.trans(x.to(DOT_DTYPE)), sums)
+        sums = tl.dot(weight.to(DOT_DTYPE), tl.trans(x.to(DOT_DTYPE)), sums, input_precision="ieee")
     store_outputs(
         tl.trans(sums), tile, token_ids, tokens, num_rows, bias_ptr, out_ptr, TOKEN_TILE, ROW_TILE, HAS_BIAS, IS_GATED
     )
@@ -94,27 +94,58 @@ def multiply(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: str, *, is_gated: bool
 ) -> torch.Tensor:
     """x weight^T + bias, or the gated product, in `dtype`; x and weight are what `takes` agrees to."""
-    (tokens, depth), num_rows = x.shape, weight.shape[0]
-    assert x.is_contiguous(), "dense matmul: rows must be contiguous"
-    width = num_rows // 2 if is_gated else num_rows
-    out = torch.empty((tokens, width), dtype=torch_dtype(dtype), device=x.device)
-    flags = dict(DEPTH=depth, HAS_BIAS=bias is not None, IS_GATED=is_gated)
+    tokens = x.shape[0]
     if tokens == 1:
-        # Whole rows at once where they fit into registers: 64 bytes a lane are then in flight for each two rows. H200,
-        # of 4.6 TB/s: 12288 x 4096 4.1, 4096 x 4096 3.8, 22016 x 4096 4.3, 151936 x 4096 4.6, 4096 x 11008 4.2 TB/s.
-        is_short = depth * x.element_size() <= 8192
-        row_tile, num_warps = (8, 8) if is_short else (4, 4)
-        depth_tile = triton.next_power_of_2(depth) if is_short else 4096 // x.element_size()
-        _stream_rows[(triton.cdiv(num_rows, row_tile),)](
-            x, weight, bias, out, num_rows, ROW_TILE=row_tile, DEPTH_TILE=depth_tile, **flags, num_warps=num_warps,
-            **overlapping(x.device),
-        )  # fmt: skip
-        return out
-    # Where rows make fewer tiles than there are SMs, each program must have more under way.
-    num_stages = 3 if num_rows >= 132 * ROW_TILE else 5
-    token_tile = max(16, triton.next_power_of_2(tokens))
-    _multiply_tiles[(triton.cdiv(num_rows, ROW_TILE),)](
-        x, weight, bias, out, tokens, num_rows, TOKEN_TILE=token_tile, ROW_TILE=ROW_TILE, DEPTH_TILE=128,
-        NUM_STAGES=num_stages, DOT_DTYPE=dot_dtype(x.dtype), num_warps=4, **flags,
+        return _stream(x, weight, bias, dtype, is_gated=is_gated)
+    return multiply_in_tiles(
+        x, weight, bias, dtype, is_gated=is_gated, token_tile=max(16, triton.next_power_of_2(tokens))
+    )
+
+
+def _stream(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: str, *, is_gated: bool
+) -> torch.Tensor:
+    depth, num_rows = x.shape[1], weight.shape[0]
+    out = _empty_output(x, weight, dtype, is_gated)
+    # Whole rows at once where they fit into registers: 64 bytes a lane are then in flight for each two rows. H200, of
+    # 4.6 TB/s: 12288 x 4096 4.1, 4096 x 4096 3.8, 22016 x 4096 4.3, 151936 x 4096 4.6, 4096 x 11008 4.2 TB/s.
+    is_short = depth * x.element_size() <= 8192
+    row_tile, num_warps = (8, 8) if is_short else (4, 4)
+    depth_tile = triton.next_power_of_2(depth) if is_short else 4096 // x.element_size()
+    _stream_rows[(triton.cdiv(num_rows, row_tile),)](
+        x, weight, bias, out, num_rows, DEPTH=depth, ROW_TILE=row_tile, DEPTH_TILE=depth_tile,
+        HAS_BIAS=bias is not None, IS_GATED=is_gated, num_warps=num_warps, **overlapping(x.device),
     )  # fmt: skip
     return out
+
+
+def multiply_in_tiles(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: str,
+    *,
+    is_gated: bool,
+    token_tile: int,
+) -> torch.Tensor:
+    """`multiply` for any number of tokens: a row's bits depend on `token_tile`, not on how many there are."""
+    (tokens, depth), num_rows = x.shape, weight.shape[0]
+    out = _empty_output(x, weight, dtype, is_gated)
+    if tokens == 0:
+        return out
+    # Where rows make fewer tiles than there are SMs, each program must have more under way. Float32 takes twice the
+    # shared memory.
+    num_stages = 3 if num_rows >= 132 * ROW_TILE or token_tile > 32 else 5
+    # Token tiles come first in the grid, so programs that run together share rows of the weight.
+    _multiply_tiles[(triton.cdiv(tokens, token_tile), triton.cdiv(num_rows, ROW_TILE))](
+        x, weight, bias, out, tokens, num_rows, DEPTH=depth, TOKEN_TILE=token_tile, ROW_TILE=ROW_TILE,
+        DEPTH_TILE=64 if x.dtype == torch.float32 else 128, NUM_STAGES=num_stages, DOT_DTYPE=dot_dtype(x.dtype),
+        HAS_BIAS=bias is not None, IS_GATED=is_gated, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def _empty_output(x: torch.Tensor, weight: torch.Tensor, dtype: str, is_gated: bool) -> torch.Tensor:
+    assert x.is_contiguous() and weight.is_contiguous(), "dense matmul: rows must be contiguous"
+    width = weight.shape[0] // 2 if is_gated else weight.shape[0]
+    return torch.empty((x.shape[0], width), dtype=torch_dtype(dtype), device=x.device)

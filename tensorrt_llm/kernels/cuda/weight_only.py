@@ -23,6 +23,7 @@ A row of x has the same bits in any batch that is multiplied the same way.
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -214,7 +215,7 @@ def _multiply_tiles(
                 if HAS_ZERO:
                     zero = tl.load(zero_ptr + group * num_rows + rows).to(tl.float32)
                     q -= zero.to(DOT_DTYPE)[:, None]
-                group_sums = tl.dot(q, tl.trans(x.to(DOT_DTYPE)), group_sums)
+                group_sums = tl.dot(q, tl.trans(x.to(DOT_DTYPE)), group_sums, input_precision="ieee")
             if PLANES_PER_GROUP > 0:
                 sums += group_sums * tl.load(scale_ptr + group * num_rows + rows).to(tl.float32)[:, None]
             else:
@@ -352,6 +353,23 @@ def weight_only_gated_mlp(
     return _multiply(x, _Weight(words, scale, zero, bits, x.shape[1]), None, dtype, is_gated=True)
 
 
+def multiply_in_tiles(
+    x: torch.Tensor,
+    words: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    *,
+    bits: int,
+    dtype: str,
+    is_gated: bool,
+) -> torch.Tensor:
+    """Either op for any number of tokens, in the same tiles: a row's bits do not depend on how many there are."""
+    # One program is less than any number of tiles, so no row is divided. Float32 takes twice the shared memory.
+    tiling = _Tiling(64, 64, 2 if x.dtype == torch.float32 else 3, 4, wanted_programs=1)
+    return _launch_tiles(x, _Weight(words, scale, zero, bits, x.shape[1]), bias, dtype, is_gated, tiling)
+
+
 @dataclass(frozen=True)
 class _Weight:
     """A prepared weight and what its layout means for the kernels."""
@@ -401,7 +419,7 @@ def _multiply(
         return _multiply_widened(x, weight, bias, dtype, is_gated)
     if tokens == 1 and weight.depth % 2 == 0:
         return _launch_stream(x, weight, bias, dtype, is_gated)
-    return _launch_tiles(x, weight, bias, dtype, is_gated)
+    return _launch_tiles(x, weight, bias, dtype, is_gated, _tiling(tokens, weight.bits))
 
 
 def _empty_output(tokens: int, weight: _Weight, dtype: str, is_gated: bool, device: torch.device) -> torch.Tensor:
@@ -429,25 +447,36 @@ def _launch_stream(
     return out
 
 
+class _Tiling(NamedTuple):
+    """How a matmul is cut into programs."""
+
+    token_tile: int
+    row_tile: int
+    num_stages: int
+    num_warps: int
+    wanted_programs: int
+
+
+def _tiling(tokens: int, bits: int) -> _Tiling:
+    """H200, the shapes of a 7B model. It takes many programs to keep an SM busy."""
+    if tokens <= 8:
+        # Tiles of 32 rows are too few for wgmma, so that a dot does not wait for the one before.
+        return _Tiling(8, 32, 5, 2, wanted_programs=1056 if bits == 4 else 528)
+    token_tile = min(triton.next_power_of_2(tokens), 64)
+    return _Tiling(token_tile, 64, 3 if bits == 4 or token_tile > 32 else 5, 4, wanted_programs=528)
+
+
 def _launch_tiles(
-    x: torch.Tensor, weight: _Weight, bias: torch.Tensor | None, dtype: str, is_gated: bool
+    x: torch.Tensor, weight: _Weight, bias: torch.Tensor | None, dtype: str, is_gated: bool, tiling: _Tiling
 ) -> torch.Tensor:
     tokens, depth = x.shape
     out = _empty_output(tokens, weight, dtype, is_gated, x.device)
     if tokens == 0:
         return out
-    # H200, the shapes of a 7B model. Few tokens leave tiles of 32 rows, too few for wgmma, so that a dot does not wait
-    # for the one before. It takes many programs to keep an SM busy: where rows are too few for that, each is divided
-    # into pieces of four blocks or more.
-    if tokens <= 8:
-        token_tile, row_tile, num_stages, num_warps = 8, 32, 5, 2
-        wanted_programs = 1056 if weight.bits == 4 else 528
-    else:
-        token_tile, row_tile, num_warps = min(triton.next_power_of_2(tokens), 64), 64, 4
-        num_stages = 3 if weight.bits == 4 or token_tile > 32 else 5
-        wanted_programs = 528
+    token_tile, row_tile = tiling.token_tile, tiling.row_tile
     tiles = triton.cdiv(tokens, token_tile) * triton.cdiv(weight.num_rows, row_tile)
-    num_splits = max(1, min(wanted_programs // tiles, weight.num_blocks // 4))
+    # Where rows are too few for the programs that are wanted, each is divided into pieces of four blocks or more.
+    num_splits = max(1, min(tiling.wanted_programs // tiles, weight.num_blocks // 4))
     blocks_per_split = triton.cdiv(weight.num_blocks, num_splits)
     num_splits = triton.cdiv(weight.num_blocks, blocks_per_split)
     partial = out
@@ -457,10 +486,10 @@ def _launch_tiles(
     _multiply_tiles[(triton.cdiv(tokens, token_tile), triton.cdiv(weight.num_rows, row_tile), num_splits)](
         x, weight.words, weight.scale, weight.zero, bias, out, partial,
         tokens, weight.num_rows, depth, weight.num_blocks, weight.num_groups, blocks_per_split,
-        TOKEN_TILE=token_tile, ROW_TILE=row_tile, NUM_STAGES=num_stages, DOT_DTYPE=dot_dtype(x.dtype),
+        TOKEN_TILE=token_tile, ROW_TILE=row_tile, NUM_STAGES=tiling.num_stages, DOT_DTYPE=dot_dtype(x.dtype),
         PLANES_PER_SCALE=_planes_per_scale(weight), **weight.layout, HAS_BIAS=bias is not None, IS_GATED=is_gated,
         IS_WHOLE=depth % (16 // weight.bits * weight.plane) == 0, IS_SPLIT=num_splits > 1,
-        num_warps=num_warps,
+        num_warps=tiling.num_warps,
     )  # fmt: skip
     if num_splits > 1:
         _launch_add_splits(partial, bias, out, is_gated)

@@ -1,0 +1,65 @@
+"""Matmuls whose rows have the same bits in any step: one way to multiply, whatever the number of tokens.
+
+The kernels of all other ops, and the integer sums of SmoothQuant, are so by themselves: a row belongs to one program,
+and what is split (attention) is split by size, not by count. What these cost: tiles of 64 tokens for one, and no cuBLAS
+for prompts.
+"""
+
+import torch
+
+from .. import Kernel
+from . import dense, weight_only
+from .gated_mlp import prepare_gated_mlp
+from .weight_only import prepare_weight_only_gated_mlp, prepare_weight_only_quant_matmul
+
+_TOKEN_TILE = 64
+
+
+def batch_invariant_kernels() -> dict[str, Kernel]:
+    """They take the place of the kernels of the same names."""
+    return {
+        "matmul": Kernel(matmul),
+        "gated_mlp": Kernel(gated_mlp, prepare=prepare_gated_mlp),
+        "weight_only_quant_matmul": Kernel(weight_only_quant_matmul, prepare=prepare_weight_only_quant_matmul),
+        "weight_only_gated_mlp": Kernel(weight_only_gated_mlp, prepare=prepare_weight_only_gated_mlp),
+    }
+
+
+def matmul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, dtype: str) -> torch.Tensor:
+    """x weight^T + bias in `dtype`; x and weight are of one dtype."""
+    assert x.dtype == weight.dtype, f"batch-invariant matmul: x is {x.dtype}, weight {weight.dtype}"
+    return dense.multiply_in_tiles(x, weight, bias, dtype, is_gated=False, token_tile=_TOKEN_TILE)
+
+
+def gated_mlp(x: torch.Tensor, packed: torch.Tensor, *, dtype: str) -> torch.Tensor:
+    """silu(x fc^T) * (x gate^T) in `dtype`, with the weight of `prepare_gated_mlp`."""
+    return dense.multiply_in_tiles(x, packed, None, dtype, is_gated=True, token_tile=_TOKEN_TILE)
+
+
+def weight_only_quant_matmul(
+    x: torch.Tensor,
+    words: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    *,
+    bits: int,
+    has_zero: bool,
+    dtype: str,
+) -> torch.Tensor:
+    """x [T, k] times the weight of `prepare_weight_only_quant_matmul`, plus bias, in `dtype`."""
+    return weight_only.multiply_in_tiles(x, words, scale, zero, bias, bits=bits, dtype=dtype, is_gated=False)
+
+
+def weight_only_gated_mlp(
+    x: torch.Tensor,
+    words: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    *,
+    bits: int,
+    has_zero: bool,
+    dtype: str,
+) -> torch.Tensor:
+    """silu(x fc^T) * (x gate^T) in `dtype`, with the weight of `prepare_weight_only_gated_mlp`."""
+    return weight_only.multiply_in_tiles(x, words, scale, zero, None, bits=bits, dtype=dtype, is_gated=True)

@@ -1,0 +1,86 @@
+"""Bits on a GPU: the same in two runs, and with batch_invariant the same for a prompt alone and among 64."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from compiling.compile_model import compile_model
+from models_for_tests import make_config
+
+from tensorrt_llm import Engine, Limits
+from tensorrt_llm.dtype import torch_dtype
+from tensorrt_llm.models import QWenForCausalLM, quantize_model
+from tensorrt_llm.quantization import QuantMode
+from tensorrt_llm.runtime import GenerationSession, SamplingConfig, Session
+
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="the bits of CUDA kernels")
+# 64 prompts do not fit into one step, so some of them are computed in pieces.
+LIMITS = Limits(max_batch_size=64, max_input_len=150, max_output_len=16, max_num_tokens=512, tokens_per_block=16)
+CONFIG = make_config(
+    vocab_size=90,
+    hidden_size=256,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    head_size=64,
+    mlp_hidden_size=352,
+    seq_length=512,
+    max_position_embeddings=512,
+)
+MODES = {
+    "float": QuantMode(0),
+    "int8": QuantMode.use_weight_only(),
+    "int4": QuantMode.use_weight_only(use_int4_weights=True),
+    "int8_kv": QuantMode.INT8_KV_CACHE,
+    "smooth": QuantMode.use_smooth_quant(per_token=True, per_channel=True),
+}
+
+
+def engine_of(mode: QuantMode, *, batch_invariant: bool) -> Engine:
+    """Random weights, integers and scales, of a size that keeps activations as large as they are."""
+    model = quantize_model(QWenForCausalLM(CONFIG, "float16"), mode)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        kind = torch_dtype(parameter.dtype)
+        if not kind.is_floating_point:
+            parameter.value = torch.randint(torch.iinfo(kind).min, 127, parameter.shape, generator=generator).to(kind)
+        elif name.endswith("scale"):
+            parameter.value = torch.full(parameter.shape, 1 / 1200 if mode == MODES["int8"] else 1 / 80)
+        else:
+            noise = torch.randn(parameter.shape, generator=generator)
+            noise = noise / parameter.shape[1] ** 0.5 if noise.dim() == 2 else 1 + 0.2 * noise
+            parameter.value = noise.to(kind)
+    return compile_model(model, LIMITS, batch_invariant=batch_invariant)
+
+
+def logits_of(session: GenerationSession, prompts: Sequence[list[int]]) -> list[torch.Tensor]:
+    config = SamplingConfig(max_new_tokens=8, end_id=None, gather_generation_logits=True, return_dict=True)
+    output: list[torch.Tensor] = session.decode_batch(prompts, config)["generation_logits"]
+    return output
+
+
+def make_prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 150, (64,), generator=generator).tolist()
+    return [torch.randint(90, (length,), generator=generator).tolist() for length in lengths]
+
+
+@NEEDS_GPU
+@pytest.mark.parametrize("mode", MODES)
+def test_two_runs_give_the_same_bits(mode: str) -> None:
+    prompts = make_prompts()
+    runs = []
+    for _ in range(2):
+        session = GenerationSession(Session(engine_of(MODES[mode], batch_invariant=False), "cuda"))
+        runs.append(torch.cat(logits_of(session, prompts)))
+    assert torch.equal(*runs)
+
+
+@NEEDS_GPU
+@pytest.mark.parametrize("mode", MODES)
+def test_a_prompt_has_the_same_bits_alone_and_among_64(mode: str) -> None:
+    session = GenerationSession(Session(engine_of(MODES[mode], batch_invariant=True), "cuda"))
+    prompts = make_prompts()
+    together = logits_of(session, prompts)
+    for index in (0, 7, 33, 63):
+        assert torch.equal(logits_of(session, [prompts[index]])[0], together[index])
