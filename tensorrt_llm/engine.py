@@ -8,19 +8,19 @@ canonical layout ([out, in] for matrices); kernels make their own layouts at loa
     weights_sha256           JSON: weight name -> SHA-256 of its bytes
     header_sha256            SHA-256 of the header with this digest written as zeros
 
-so a flipped bit anywhere is found, and found before anything is used. No code, no pickle. Knows no kernel.
+so a flipped bit anywhere is found, and found before anything is used (weights: weight_file.py). No code, no pickle.
+Knows no kernel.
 
 [1] https://github.com/huggingface/safetensors, section "Format".
 """
 
 import hashlib
 import json
-import mmap
 import os
 import struct
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from reprlib import repr as shortened
@@ -34,6 +34,7 @@ from .limits import LARGEST_COUNT, Limits
 from .plan import Plan, TensorSpec
 from .quantization.mode import QuantMode
 from .verdict import Verdict
+from .weight_file import WeightFile
 
 FORMAT = "tensorrt_llm.engine"
 FORMAT_VERSION = "3"
@@ -203,6 +204,15 @@ class Engine:
     def weight_bytes(self) -> int:
         return sum(spec.num_bytes for spec in self.plan.weights)
 
+    @property
+    def path(self) -> Path | None:
+        """The file that it was read from."""
+        return self.weights.path if isinstance(self.weights, WeightFile) else None
+
+    def checking_weights(self) -> AbstractContextManager[None]:
+        """Weights of a file that nobody has checked yet are checked while the body runs."""
+        return self.weights.checking() if isinstance(self.weights, WeightFile) else nullcontext()
+
     def save(self, path: Path, on_weight: Callable[[str], None] = lambda name: None) -> None:
         """Write the engine file; `on_weight` hears each weight's name before it is read.
 
@@ -260,14 +270,14 @@ class Engine:
         return header + b" " * (-(len(header) + 8) % _ALIGNMENT)
 
     @classmethod
-    def from_dir(cls, engine_dir: Path | str, rank: int = 0) -> "Engine":
-        """The engine of `rank` in a folder that build.py wrote, checked whole."""
+    def from_dir(cls, engine_dir: Path | str, rank: int = 0, *, check_weights: bool = True) -> "Engine":
+        """The engine of `rank` in a folder that build.py wrote, checked as `load` does."""
         engine_dir = Path(engine_dir)
         builder_config = _read_config_json(engine_dir / "config.json")
         tp, pp = builder_config["tensor_parallel"], builder_config["pipeline_parallel"]
         middle = f"tp{tp}_pp{pp}" if pp > 1 else f"tp{tp}"
         path = engine_dir / f"{builder_config['name']}_{builder_config['precision']}_{middle}_rank{rank}.engine"
-        engine = cls.load(path)
+        engine = cls.load(path, check_weights=check_weights)
         written = engine.config.to_config_json()["builder_config"]
         for key, value in written.items():
             if key in builder_config and _as_json(builder_config[key]) != _as_json(value):
@@ -278,59 +288,27 @@ class Engine:
         return engine
 
     @classmethod
-    def load(cls, path: Path | str) -> "Engine":
-        """Read and check an engine file; a ValueError names the file, what was found and what was expected."""
+    def load(cls, path: Path | str, *, check_weights: bool = True) -> "Engine":
+        """Read and check an engine file; a ValueError names the file, what was found and what was expected.
+
+        Without `check_weights` their digests are left to what uses them first: Session and walk check them.
+        """
         path = Path(path)
         try:
             if not path.is_file():
                 raise ValueError("no such engine file")
             header, data_start = _read_header(path)
             config, plan, digests = _read_metadata(header)
-            offsets = _check_tensors(header, plan, path.stat().st_size - data_start)
+            offsets = _check_tensors(header, plan, data_start, path.stat().st_size)
             if set(digests) != set(offsets):
                 raise ValueError("weights_sha256 names other weights than the file holds")
             _check_facts(config, plan)
-            weights = _FileWeights(path, data_start, plan, offsets)
-            weights.verify(digests)
+            weights = WeightFile(path, plan.weights, offsets, digests)
         except (ValueError, OSError, RecursionError) as error:
             raise ValueError(f"{path}: {error}") from error
+        if check_weights:
+            weights.check()
         return cls(config, plan, weights)
-
-
-class _FileWeights(Mapping[str, torch.Tensor]):
-    """Weights that lie in an engine file, mapped into memory: reading one costs no copy."""
-
-    def __init__(self, path: Path, data_start: int, plan: Plan, offsets: dict[str, tuple[int, int]]) -> None:
-        with path.open("rb") as file:
-            # A private mapping may be written to by torch without reaching the file.
-            self._data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))[data_start:]
-        self._specs = {spec.name: spec for spec in plan.weights}
-        self._offsets = offsets
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        spec = self._specs[name]
-        flat = torch.frombuffer(self._bytes(name), dtype=torch_dtype(spec.dtype))
-        return flat.view([int(dim) for dim in spec.shape])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._specs)
-
-    def __len__(self) -> int:
-        return len(self._specs)
-
-    def _bytes(self, name: str) -> memoryview:
-        begin, end = self._offsets[name]
-        return self._data[begin:end]
-
-    def verify(self, digests: dict[str, str]) -> None:
-        """Compare every weight with its digest, on all cores: hashing lets go of the interpreter lock."""
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            found = pool.map(lambda name: hashlib.sha256(self._bytes(name)).hexdigest(), self._specs)
-            for name, digest in zip(self._specs, found, strict=True):
-                if digest != digests[name]:
-                    raise ValueError(
-                        f"weight {name} has SHA-256 {digest}, expected {digests[name]}: the file was altered or damaged"
-                    )
 
 
 def _as_json(value: Any) -> str:
@@ -414,9 +392,9 @@ def _read_metadata(header: dict[str, Any]) -> tuple[EngineConfig, Plan, dict[str
     return EngineConfig.from_dict(engine["config"]), Plan.from_dict(engine["plan"]), parsed["weights_sha256"]
 
 
-def _check_tensors(header: dict[str, Any], plan: Plan, data_bytes: int) -> dict[str, tuple[int, int]]:
-    """Where each weight lies; the header's tensors must be the plan's, side by side, and fill the file."""
-    offsets: dict[str, tuple[int, int]] = {}
+def _check_tensors(header: dict[str, Any], plan: Plan, data_start: int, file_bytes: int) -> dict[str, int]:
+    """Where each weight begins in the file; the header's tensors must be the plan's, side by side, and fill it."""
+    offsets: dict[str, int] = {}
     begin = 0
     for spec in plan.weights:
         if spec.dtype not in _SAFETENSORS_DTYPES:
@@ -429,13 +407,15 @@ def _check_tensors(header: dict[str, Any], plan: Plan, data_bytes: int) -> dict[
         }
         if header.get(spec.name) != expected:
             raise ValueError(f"tensor {spec.name} is {shortened(header.get(spec.name))}, expected {expected}")
-        offsets[spec.name] = (begin, end)
+        offsets[spec.name] = data_start + begin
         begin = end
     surplus = sorted(set(header) - set(offsets))
     if surplus:
         raise ValueError(f"header holds tensors that the plan does not name: {', '.join(surplus[:5])}")
-    if begin != data_bytes:
-        raise ValueError(f"weights take {begin} bytes, the file holds {data_bytes}: truncated or of another engine")
+    if data_start + begin != file_bytes:
+        raise ValueError(
+            f"weights take {begin} bytes, the file holds {file_bytes - data_start}: truncated or of another engine"
+        )
     return offsets
 
 

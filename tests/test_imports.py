@@ -54,22 +54,24 @@ ALLOWED = {
     "quantization.awq": {"quantization.grid", "quantization.quantize"},
     "quantization.calibrate": {"dtype", "engine", "runtime"},
     "inspect": {"engine", "plan", "quantization.mode"},
+    "weight_file": {"dtype", "plan"},
     "functional": {"dtype", "network"},
     "parameter": {"dtype", "network"},
     "module": {"network", "parameter"},
     "layers": {"functional", "module", "network", "parameter"},
     "models": {"functional", "layers", "mapping", "module", "network", "quantization", "quantization.layers"},
     "passes": {"network"},
-    "engine": {"disk", "dtype", "limits", "plan", "quantization.mode", "verdict"},
+    "engine": {"disk", "dtype", "limits", "plan", "quantization.mode", "verdict", "weight_file"},
     "builder": {"engine", "limits", "mapping", "network", "parameter", "passes", "quantization.mode"},
     "kernels": {"dtype", "quantization.quantize"},
-    "runtime": {"dtype", "engine", "kernels", "limits", "plan", "tokenizer", "verdict"},
+    "runtime": {"dtype", "engine", "kernels", "limits", "plan", "tokenizer", "verdict", "weight_file"},
 }
 # Imports inside a function, made for a reason that the function states.
 LATE = {
     ("tensorrt_llm.network", "tensorrt_llm.functional"),  # operators of Tensor
     ("tensorrt_llm.kernels", "tensorrt_llm.kernels.cpu"),
     ("tensorrt_llm.kernels", "tensorrt_llm.kernels.cuda"),  # imports triton
+    ("tensorrt_llm.kernels", "tensorrt_llm.kernels.cuda.compiled"),  # imports triton
 }
 # Each folder of the port and what else of the port it may import: folders, or modules beside them. Scripts are none.
 PORT_ALLOWED = {

@@ -287,7 +287,7 @@ def measure_logits(args: MeasureArgs, folder: Path, clock: Clock) -> tuple[dict[
 
 
 def open_engine(engine_dir: Path, device: torch.device) -> Backend:
-    return EngineBackend(Engine.from_dir(engine_dir), engine_dir.name, device)
+    return EngineBackend(Engine.from_dir(engine_dir, check_weights=False), engine_dir.name, device)
 
 
 def logits_of(open_backend: Callable[[], Backend], tasks: Iterable[Task]) -> list[torch.Tensor]:

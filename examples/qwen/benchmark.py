@@ -23,7 +23,6 @@ requests made: it is known for the backend that comes first, the engine if there
 
 import gc
 import logging
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -52,6 +51,7 @@ from benchmarking.workload import (  # noqa: E402
     requests_of_sharegpt,
 )
 from command_line import run_script  # noqa: E402
+from process_age import seconds_since_process_start  # noqa: E402
 from summary.engine_folders import EngineFolder, find_engines  # noqa: E402
 
 from tensorrt_llm import Engine  # noqa: E402
@@ -186,7 +186,7 @@ def check_engine(engine: EngineFolder, args: BenchmarkArgs, workloads: Sequence[
 
 
 def open_engine(engine: EngineFolder, device: torch.device) -> Backend:
-    return EngineBackend(Engine.from_dir(engine.path), f"trt_llm {engine.name}", device)
+    return EngineBackend(Engine.from_dir(engine.path, check_weights=False), f"trt_llm {engine.name}", device)
 
 
 def measure_candidate(candidate: Candidate, warm_up: int, planning_seconds: float | None) -> list[Figures]:
@@ -219,13 +219,6 @@ def describe(args: BenchmarkArgs, device: torch.device) -> dict[str, object]:
         "repeats": args.repeats,
         "seed": args.seed,
     }
-
-
-def seconds_since_process_start() -> float:
-    """From the start of this process as Linux counts it, so that loading Python and torch is in it."""
-    # Field 22 of stat, in ticks since boot; the second field is a name in parentheses that may hold spaces.
-    start_ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - start_ticks / os.sysconf("SC_CLK_TCK")
 
 
 if __name__ == "__main__":

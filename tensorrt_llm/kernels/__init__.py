@@ -5,8 +5,11 @@ kernel wants, once, when an engine is loaded. Knows no graph and no request.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +19,7 @@ from .step import StepShape
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["Kernel", "StepShape", "kernels_for", "reference_kernels"]
+__all__ = ["Kernel", "StepShape", "compiler_starting", "kernels_for", "reference_kernels"]
 
 
 @dataclass(frozen=True)
@@ -73,3 +76,19 @@ def kernels_for(device: torch.device, *, batch_invariant: bool = False) -> dict[
 
         return reference_kernels() | cuda_kernels(batch_invariant=batch_invariant)
     raise ValueError(f"no kernels for device {device}, expected cpu or cuda")
+
+
+@contextmanager
+def compiler_starting(device: torch.device, folder: Path | None) -> Iterator[None]:
+    """Get ready to compile kernels for `device` while the body runs, and keep them in `folder`; nothing for a CPU."""
+    if device.type == "cpu":
+        yield
+        return
+    from .cuda.compiled import keep_compiled_in, run_first_kernel  # imports triton
+
+    if folder:
+        keep_compiled_in(folder)
+    with ThreadPoolExecutor(1) as pool:
+        started = pool.submit(run_first_kernel, device)
+        yield
+        started.result()

@@ -13,6 +13,7 @@ import torch
 from ..dtype import is_floating
 from ..kernels import Kernel, StepShape, reference_kernels
 from ..plan import Plan, PlanNode
+from .weight_stream import read_ahead
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,9 @@ class Executor:
         float32: bool = False,
     ) -> None:
         self.plan = plan
-        bound = bind_one_by_one(plan, weights, kernels, device, float32=float32)
-        self._calls = [call for _, call in bound]
+        with read_ahead(weights, _order_of_use(plan), device) as read:
+            bound = bind_one_by_one(plan, read, kernels, device, float32=float32)
+            self._calls = [call for _, call in bound]
 
     def run(
         self, inputs: Mapping[str, torch.Tensor], step: StepShape, keep: Collection[str] = ()
@@ -64,18 +66,21 @@ class Executor:
 
 def bind_one_by_one(
     plan: Plan,
-    weights: Mapping[str, torch.Tensor],
+    read: Callable[[str], torch.Tensor],
     kernels: Mapping[str, Kernel],
     device: torch.device,
     *,
     float32: bool = False,
 ) -> Iterator[tuple[PlanNode, Call]]:
-    """Every node with its call, its weights loaded when it is reached and not held here afterwards."""
+    """Every node with its call, its weights loaded when it is reached and not held here afterwards.
+
+    `read` gives a weight, on any device; it is asked for each once, in the order of their first use.
+    """
     missing = sorted({node.op for node in plan.nodes} - set(kernels))
     if missing:
         raise ValueError(f"no kernel for {', '.join(missing)} on {device}; this engine needs what this version lacks")
     weight_names = {spec.name for spec in plan.weights}
-    loaded = _LoadedWeights(plan, weights, weight_names, device, float32)
+    loaded = _LoadedWeights(plan, read, weight_names, device, float32)
     releases = _releases(plan, weight_names)
     for node, released in zip(plan.nodes, releases, strict=True):
         yield node, _bind_node(node, kernels[node.op], loaded, released, float32)
@@ -121,13 +126,13 @@ def _check_arguments(
 
 
 class _LoadedWeights:
-    """Weights on the device, each read from the engine once and held no longer than until its last node has it."""
+    """Weights on the device, each read once and held no longer than until its last node has it."""
 
     def __init__(
-        self, plan: Plan, weights: Mapping[str, torch.Tensor], names: set[str], device: torch.device, float32: bool
+        self, plan: Plan, read: Callable[[str], torch.Tensor], names: set[str], device: torch.device, float32: bool
     ) -> None:
         self.names = names
-        self._weights = weights
+        self._read = read
         self._device = device
         self._float32 = float32
         self._users_left = dict.fromkeys(names, 0)
@@ -139,10 +144,16 @@ class _LoadedWeights:
 
     def take(self, name: str) -> torch.Tensor:
         if name not in self._held:
-            weight = self._weights[name].to(self._device)
+            weight = self._read(name).to(self._device)
             self._held[name] = weight.float() if self._float32 and weight.is_floating_point() else weight
         self._users_left[name] -= 1
         return self._held[name] if self._users_left[name] else self._held.pop(name)
+
+
+def _order_of_use(plan: Plan) -> list[str]:
+    """The weights that nodes use, by their first use."""
+    names = {spec.name for spec in plan.weights}
+    return list(dict.fromkeys(name for node in plan.nodes for name in node.inputs if name in names))
 
 
 def _releases(plan: Plan, weight_names: set[str]) -> list[tuple[str, ...]]:

@@ -32,7 +32,7 @@ class ModelRunner:
         kv_cache_tokens: int | None = None,
     ) -> "ModelRunner":
         """Load the engine in `engine_dir`, on CUDA if there is one. Stop strings and text need a tokenizer."""
-        engine = Engine.from_dir(engine_dir, rank)
+        engine = Engine.from_dir(engine_dir, rank, check_weights=False)  # the session does
         return cls(GenerationSession(Session(engine, device, kv_cache_tokens=kv_cache_tokens), tokenizer))
 
     def generate(

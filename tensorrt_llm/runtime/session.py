@@ -4,14 +4,16 @@ Knows what a step reads and writes; which sequences take part, and which tokens 
 """
 
 import logging
-from collections.abc import Collection
+import time
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from ..dtype import itemsize, torch_dtype
 from ..engine import Engine, EngineConfig
-from ..kernels import kernels_for, reference_kernels
+from ..kernels import compiler_starting, kernels_for, reference_kernels
 from .batch import Batch
 from .executor import Executor
 from .step_graphs import StepGraphs, bucket_for
@@ -21,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 # Of the memory that is free once the weights are there; the rest is for activations and for others.
 _KV_SHARE = {"cuda": 0.9, "cpu": 0.5}
+# Beside an engine file: kernels that were compiled for it, for the next start.
+_KERNEL_FOLDER = "kernel_cache"
 
 
 def pick_device(name: str | None = None) -> torch.device:
@@ -75,14 +79,19 @@ class Session:
                 f"{self.config.engine_name} is one of {self.config.world_size} ranks; "
                 f"running several ranks is not supported yet, build with --world_size 1 --tp_size 1"
             )
-        prepare_device(self.device)
-        is_invariant = self.config.batch_invariant
-        kernels = reference_kernels() if reference else kernels_for(self.device, batch_invariant=is_invariant)
-        self._executor = Executor(engine.plan, engine.weights, kernels, self.device, float32=reference)
+        with engine.checking_weights():
+            with _timed("device made ready"):
+                prepare_device(self.device)
+            with _timed("kernels imported"):
+                is_invariant = self.config.batch_invariant
+                kernels = reference_kernels() if reference else kernels_for(self.device, batch_invariant=is_invariant)
+            with compiler_starting(self.device, engine.path and engine.path.parent / _KERNEL_FOLDER):
+                self._executor = Executor(engine.plan, engine.weights, kernels, self.device, float32=reference)
         is_float = self.config.kv_dtype != "int8"
         self._kv_dtype = "float32" if reference and is_float else self.config.kv_dtype
         self.num_blocks = self._count_blocks(kv_cache_tokens)
-        self._pools = self._allocate_pools()
+        with _timed(f"KV cache of {self.num_blocks} blocks made"):
+            self._pools = self._allocate_pools()
         # Whether a step may be launched before the tokens of the last one are read. A CPU computes it while it is
         # launched, so there it would only bring tokens later.
         self.runs_ahead = self.device.type == "cuda"
@@ -150,6 +159,13 @@ class Session:
                 (wanted - 1) * limits.tokens_per_block,
             )
         return min(wanted, affordable)
+
+
+@contextmanager
+def _timed(what: str) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    logger.info("%s in %.2f s", what, time.perf_counter() - started)
 
 
 def new_pool(config: EngineConfig, num_blocks: int, kv_dtype: str, device: torch.device) -> dict[str, torch.Tensor]:

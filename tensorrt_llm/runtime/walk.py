@@ -48,11 +48,12 @@ def walk(engine: Engine, texts: Sequence[Sequence[int]], device: torch.device, l
 
     The last nodes see the tokens of the first `logits_of` texts only.
     """
-    prepare_device(device)
+    with engine.checking_weights():
+        prepare_device(device)
     with torch.inference_mode():
         inputs = _prompts(texts, engine.config.limits.tokens_per_block, device, logits_of)
         values = {**inputs.tensors, **_shared_pool(engine, inputs, device)}
-        for node, call in bind_one_by_one(engine.plan, engine.weights, kernels_for(device), device):
+        for node, call in bind_one_by_one(engine.plan, engine.weights.__getitem__, kernels_for(device), device):
             attrs = {**call.attrs, "step": inputs.shape} if call.needs_step else call.attrs
             visit = Visit(node, call, tuple(values[name] for name in call.reads), attrs)
             yield visit

@@ -10,8 +10,8 @@ so lanes that take neighbouring words find neighbouring x for each of the PLANES
 shape of the words. A plane lies in one group: PLANE is 64, or less where groups need it. k is padded to whole blocks.
 Scales and zeros are [groups, n]. Rows of fc and gate take turns (epilogue.py).
 
-Three ways to multiply, by the number of tokens: rows of weight streamed through float32 FMAs, whose sums lose up to 8
-bits to a trick that saves conversions (`_times_integers`); tensor cores on the integers, which float16 and bfloat16
+Three ways to multiply, by the number of tokens: rows of weight streamed through float32 FMAs, where a trick that saves
+conversions leaves 16 bits of a product (`_times_integers`); tensor cores on the integers, which float16 and bfloat16
 both hold exactly, with the scale put on the float32 sum of a group; and, where the weight is read often enough to pay,
 and always in float32, cuBLAS on a weight widened in memory. Only that third one rounds the weight, to x's dtype: to 11
 bits in float16, 8 in bfloat16, as x itself was rounded when it came to be.
