@@ -21,6 +21,7 @@ pytest.importorskip("triton", reason="the CUDA kernels need triton")
 
 from tensorrt_llm.kernels import StepShape, reference
 from tensorrt_llm.kernels.cuda import gpt_attention
+from tensorrt_llm.kernels.cuda.attention import batch_invariant_gpt_attention
 
 ON_GPU = torch.cuda.is_available()
 # Triton's interpreter divides with numpy, which warns where a GPU just gives infinity.
@@ -164,8 +165,8 @@ def make_case(
     )  # fmt: skip
 
 
-def assert_matches_reference(case: Case) -> None:
-    output, written = case.step(gpt_attention)
+def assert_matches_reference(case: Case, attention: Any = gpt_attention) -> None:
+    output, written = case.step(attention)
     wanted = (case if case.scales is None else written.widened()).exact()
     torch.testing.assert_close(output.double(), wanted, rtol=0, atol=case.tolerance())
 
@@ -248,10 +249,30 @@ def test_prompts_around_tile_borders(device: torch.device, dtype: torch.dtype, c
 
 
 @pytest.mark.parametrize("is_int8", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_prompt_has_the_same_bits_in_any_pieces(device: torch.device, dtype: torch.dtype, is_int8: bool) -> None:
+    whole = make_case([(0, 150, 150)], [], device=device, heads=(2, 1), dtype=dtype, is_int8=is_int8)
+    output, written = whole.step(gpt_attention)
+    for start in (1, 63, 64, 70, 149):
+        new = 150 - start
+        rest = replace(
+            whole, qkv=whole.qkv[start:].contiguous(), pool=written.pool, scales=written.scales,
+            position_ids=whole.position_ids[start:], query_starts=torch.tensor([0, new], dtype=torch.int32).to(device),
+            attributes=whole.attributes | {"step": StepShape(new, 1, 1, new, new, 150)},
+        )  # fmt: skip
+        assert torch.equal(rest.step(gpt_attention)[0], output[start:])
+
+
+# One query head per KV head has splits for few sequences and for many; batch invariance takes the latter for all.
+@pytest.mark.parametrize("attention", [gpt_attention, batch_invariant_gpt_attention], ids=["few", "many"])
+@pytest.mark.parametrize("is_int8", [False, True])
 @pytest.mark.parametrize("heads", [(1, 1), (2, 1)])
-def test_decodes_around_block_and_split_borders(device: torch.device, heads: tuple[int, int], is_int8: bool) -> None:
-    borders = [(length - 1, 1, 1) for length in (7, 8, 9, 127, 128, 129, 255, 256, 257, 512, 513)]
-    assert_matches_reference(make_case([], borders, device=device, heads=heads, tokens_per_block=8, is_int8=is_int8))
+def test_decodes_around_block_and_split_borders(
+    device: torch.device, heads: tuple[int, int], is_int8: bool, attention: Any
+) -> None:
+    borders = [(length - 1, 1, 1) for length in (7, 8, 9, 63, 64, 65, 128, 129, 255, 256, 257, 513)]
+    case = make_case([], borders, device=device, heads=heads, tokens_per_block=8, is_int8=is_int8)
+    assert_matches_reference(case, attention)
 
 
 @pytest.mark.parametrize(("heads", "cached"), [((1, 1), 5000), ((2, 1), 2500)])

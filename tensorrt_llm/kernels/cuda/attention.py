@@ -4,6 +4,8 @@ Contexts come first among the sequences and among the tokens, so both kernels wr
 The kernels do not know each other; the formulas stand in rope_kv.py, prefill_attention.py and decode_attention.py.
 """
 
+from functools import partial
+
 import torch
 
 from ..step import StepShape
@@ -13,7 +15,8 @@ from .prefill_attention import prefill_attention
 from .rope_kv import rope_kv
 
 
-def gpt_attention(
+def _gpt_attention(
+    is_batch_invariant: bool,
     qkv: torch.Tensor,
     past_key_value: torch.Tensor,
     position_ids: torch.Tensor,
@@ -48,6 +51,11 @@ def gpt_attention(
         )  # fmt: skip
     if step.batch_size > step.num_contexts:
         decode_attention(
-            q, past_key_value, sequence_length, block_tables, key_value_scales, out, step=step, q_scaling=q_scaling
-        )
+            q, past_key_value, sequence_length, block_tables, key_value_scales, out, step=step, q_scaling=q_scaling,
+            is_batch_invariant=is_batch_invariant,
+        )  # fmt: skip
     return out.flatten(1)
+
+
+gpt_attention = partial(_gpt_attention, False)
+batch_invariant_gpt_attention = partial(_gpt_attention, True)

@@ -1,7 +1,7 @@
-"""Matmuls whose rows have the same bits in any step: one way to multiply, whatever the number of tokens.
+"""Ops whose rows have the same bits in any step: one way to compute them, whatever the number of tokens.
 
-The kernels of all other ops, and the integer sums of SmoothQuant, are so by themselves: a row belongs to one program,
-and what is split (attention) is split by size, not by count. What these cost: tiles of 64 tokens for one, and no cuBLAS
+Attention is held to one size of tiles. The kernels of all other ops, and the integer sums of SmoothQuant, are so by
+themselves: a row belongs to one program. What these cost: tiles of 64 tokens for one, and no cuBLAS
 for prompts.
 """
 
@@ -9,6 +9,7 @@ import torch
 
 from .. import Kernel
 from . import dense, weight_only
+from .attention import batch_invariant_gpt_attention
 from .gated_mlp import prepare_gated_mlp
 from .weight_only import prepare_weight_only_gated_mlp, prepare_weight_only_quant_matmul
 
@@ -19,6 +20,7 @@ def batch_invariant_kernels() -> dict[str, Kernel]:
     """They take the place of the kernels of the same names."""
     return {
         "matmul": Kernel(matmul),
+        "gpt_attention": Kernel(batch_invariant_gpt_attention, needs_step=True),
         "gated_mlp": Kernel(gated_mlp, prepare=prepare_gated_mlp),
         "weight_only_quant_matmul": Kernel(weight_only_quant_matmul, prepare=prepare_weight_only_quant_matmul),
         "weight_only_gated_mlp": Kernel(weight_only_gated_mlp, prepare=prepare_weight_only_gated_mlp),

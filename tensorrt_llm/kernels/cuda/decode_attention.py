@@ -5,10 +5,11 @@
 q and out are [tokens, heads, head_size]; the decodes' rows begin at `first_token`, their sequences at
 `first_sequence`; K and V are read from the pool through the block table (kv_pool.py has the layout).
 
-A program takes one sequence, one KV head and one split of SPLIT_TOKENS tokens. Splits have a fixed size, not a fixed
-count, so a sequence's bits depend neither on its batch nor on the longest sequence of the step. With one split the
-result is final; otherwise each split leaves its normalised result and its log-sum-exp, and a second kernel weighs
-them in order. Softmax is in float32 and in powers of two: log2(e) is folded into the scale.
+A program takes one sequence, one KV head and one split of SPLIT_TOKENS tokens. Splits have one size, not one count, so
+a sequence's bits do not depend on the longest sequence of the step; they depend on whether it is one of few or of many,
+unless is_batch_invariant. With one split the result is final; otherwise each split leaves its normalised result and its
+log-sum-exp, and a second kernel weighs them in order. Softmax is in float32 and in powers of two: log2(e) is folded
+into the scale.
 """
 
 # mypy: allow-untyped-defs, disable-error-code=assignment
@@ -231,6 +232,18 @@ def _combine_splits(
     tl.store(out_ptr + row + dims, result / total, mask=dims < HEAD_SIZE)
 
 
+def _split_tokens(num_vectors: int, group: int, is_batch_invariant: bool) -> int:
+    """Tokens of a split, for `num_vectors` pairs of a sequence and a KV head, each with `group` query heads.
+
+    256 tokens of a 128-wide float16 head are 128 KB, about 4 us of one SM's share of the memory. Fewer sequences than
+    fill the GPU with such programs take smaller ones: one of 192 tokens takes 7.5 us in splits of 64, one of 1100
+    12.3; in splits of 256, with tiles of 32 tokens, they took 8.3 and 14.2 (H200, 32 heads).
+    """
+    if group > 1:
+        return 128  # grouped heads have fewer programs per token
+    return 256 if is_batch_invariant or num_vectors >= 768 else 64
+
+
 def decode_attention(
     q: torch.Tensor,
     past_key_value: torch.Tensor,
@@ -241,15 +254,14 @@ def decode_attention(
     *,
     step: StepShape,
     q_scaling: float,
+    is_batch_invariant: bool = False,
 ) -> None:
     """Fill out[num_context_tokens:], the attention of the sequences from num_contexts on."""
     num_heads, head_size = q.shape[1:]
     num_kv_heads = past_key_value.shape[2]
     group = num_heads // num_kv_heads
     decodes = step.batch_size - step.num_contexts
-    # 256 tokens of a 128-wide float16 head are 128 KB, about 6 us of one SM's share of the memory: long against a
-    # launch, short enough that 1k tokens of 32 heads fill 132 SMs. Grouped heads have fewer programs per token: 128.
-    split_tokens = 256 if group == 1 else 128
+    split_tokens = _split_tokens(decodes * num_kv_heads, group, is_batch_invariant)
     num_splits = triton.cdiv(step.max_sequence_length, split_tokens)
     is_only_split = num_splits == 1
     is_int8 = key_value_scales is not None
@@ -272,7 +284,7 @@ def decode_attention(
     grid = (decodes, num_kv_heads, num_splits)
     if group == 1:
         # Many small programs: K and V tiles of 4 KB each in float16, two of them in flight, eight programs on an SM.
-        # 64 sequences of 288 tokens take 84 us, 98 with tiles of 32 tokens and 4 warps; over int8 68 and 79 (H200).
+        # 64 sequences of 288 tokens take 84 us, in tiles of 32 on 4 warps 98; over int8 68 and 79 (H200).
         _decode_one_head[grid](*arguments, **sizes, TILE_TOKENS=16, NUM_STAGES=3, num_warps=2)
     else:
         # Float32 products run without tensor cores and need smaller tiles to stay within the registers. Int8 tiles are

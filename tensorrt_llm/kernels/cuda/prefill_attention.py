@@ -34,7 +34,11 @@ def _attend(
     HEAD_SIZE: tl.constexpr, DIM_TILE: tl.constexpr, TOKENS_PER_BLOCK: tl.constexpr, KEY_TILE: tl.constexpr,
     DOT_DTYPE: tl.constexpr, IS_INT8: tl.constexpr, IS_DIAGONAL: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Take the keys start .. stop into the running softmax; off the diagonal they are whole tiles that all see."""
+    """Take the keys start .. stop into the running softmax; off the diagonal they are whole tiles that all see.
+
+    Scores are scaled in the exponent, by an explicit FMA: left to the compiler, the mask of the diagonal would decide
+    how a score is rounded, and a prompt's bits would depend on the pieces in which it is computed.
+    """
     dims = tl.arange(0, DIM_TILE)
     for first in tl.range(start, stop, KEY_TILE, num_stages=NUM_STAGES):
         positions = first + tl.arange(0, KEY_TILE)
@@ -44,7 +48,7 @@ def _attend(
         mask = cached[:, None] & (dims < HEAD_SIZE)[None, :]
         keys = tl.load(pointers, mask=mask, other=0.0).to(DOT_DTYPE)
         values = tl.load(pointers + value_stride, mask=mask, other=0.0).to(DOT_DTYPE)
-        score = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
+        score = tl.dot(q, tl.trans(keys), input_precision="ieee")
         if IS_INT8:
             key_scale, value_scale = load_scales(scales_ptr, offsets, cached, value_stride, HEAD_SIZE)
             score *= key_scale[None, :]
@@ -52,7 +56,8 @@ def _attend(
             seen = cached[None, :] & (positions[None, :] <= query_positions[:, None])
             score = tl.where(seen, score, float("-inf"))
         new_top = tl.maximum(top, tl.max(score, axis=1))
-        decay, weight = tl.exp2(top - new_top), tl.exp2(score - new_top[:, None])
+        decay = tl.exp2((top - new_top) * scale)
+        weight = tl.exp2(tl.fma(score, tl.full([], scale, tl.float32), (-new_top * scale)[:, None]))
         total = total * decay + tl.sum(weight, axis=1)
         if IS_INT8:
             weight *= (value_scale * VALUE_SCALE_LIFT)[None, :]
