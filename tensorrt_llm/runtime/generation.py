@@ -72,7 +72,8 @@ class GenerationSession:
         self.config = session.config
         self.limits = session.config.limits
         self._allocator = BlockAllocator(session.num_blocks)
-        self._scheduler = Scheduler(self.limits, self._allocator)
+        # A preempted sequence is computed anew as a prompt, whose bits are not those of decodes.
+        self._scheduler = Scheduler(self.limits, self._allocator, preempts=not session.config.batch_invariant)
         self._sampler = Sampler(session.device)
         self._launched: deque[_Launched] = deque()  # between two calls of `step` at most one
         self._ids = count()

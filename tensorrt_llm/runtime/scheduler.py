@@ -4,9 +4,9 @@ Sequences run in the order of their arrival. A step holds the next token of ever
 tokens as the budget allows; a long prompt is cut into chunks over several steps. A sequence enters when there is a
 place in the batch and there are blocks for all its tokens, and takes further blocks as it grows. When none is left, the
 youngest running sequence gives all of its blocks back and waits in front of the queue; later it is computed again from
-its prompt and its output, so it loses time but no token. A step may be chosen while tokens of the one before it are
-pending; if they could change the choice for good, it has to wait for them. Knows no tensors, no text, and not why a
-sequence ends.
+its prompt and its output, so it loses time but no token. Where nothing may be preempted, a sequence enters only when
+there are blocks for all that it may become. A step may be chosen while tokens of the one before it are pending; if they
+could change the choice for good, it has to wait for them. Knows no tensors, no text, and not why a sequence ends.
 """
 
 from collections import deque
@@ -18,9 +18,10 @@ from .request import FinishReason, Request, State
 
 
 class Scheduler:
-    def __init__(self, limits: Limits, allocator: BlockAllocator) -> None:
+    def __init__(self, limits: Limits, allocator: BlockAllocator, *, preempts: bool = True) -> None:
         self.limits = limits
         self.allocator = allocator
+        self.preempts = preempts
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # by arrival, the youngest last
 
@@ -52,7 +53,7 @@ class Scheduler:
         unfinished: list[Request] = []
         for request in self.running:
             start, end = request.num_cached, request.num_tokens
-            if end - request.context_length >= request.sampling.max_new_tokens:
+            if request.has_sampled_all:
                 continue  # its last token is pending
             if end - start > 1:
                 unfinished.append(request)
@@ -144,8 +145,12 @@ class Scheduler:
             return None
         request = self.waiting[0]
         needed = self._blocks_for(len(request.token_ids))
-        # One block in reserve for every running sequence that will grow, or the newcomer would soon be preempted.
-        reserved = sum(len(running.blocks) < self._blocks_at_most(running) for running in self.running)
+        growth = [self._blocks_at_most(running) - len(running.blocks) for running in self.running]
+        if self.preempts:
+            # One block in reserve for every running sequence that will grow, or the newcomer would soon be preempted.
+            reserved = sum(blocks > 0 for blocks in growth)
+        else:
+            reserved = sum(growth) + self._blocks_at_most(request) - needed
         if needed + reserved > self.allocator.num_free:
             return None
         self.waiting.popleft()

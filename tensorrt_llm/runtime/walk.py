@@ -53,7 +53,8 @@ def walk(engine: Engine, texts: Sequence[Sequence[int]], device: torch.device, l
     with torch.inference_mode():
         inputs = _prompts(texts, engine.config.limits.tokens_per_block, device, logits_of)
         values = {**inputs.tensors, **_shared_pool(engine, inputs, device)}
-        for node, call in bind_one_by_one(engine.plan, engine.weights.__getitem__, kernels_for(device), device):
+        kernels = kernels_for(device, batch_invariant=engine.config.batch_invariant)
+        for node, call in bind_one_by_one(engine.plan, engine.weights.__getitem__, kernels, device):
             attrs = {**call.attrs, "step": inputs.shape} if call.needs_step else call.attrs
             visit = Visit(node, call, tuple(values[name] for name in call.reads), attrs)
             yield visit

@@ -154,6 +154,7 @@ class WeightStream:
                     weight = self._arriving[piece.name]
                     buffer.copy_to(weight.data[piece.begin : piece.begin + piece.num_bytes])
                     self._end_piece(weight, piece)
+                    del weight  # or a reader that waits would keep it alive after it was taken
         except BaseException as error:  # raised again in the thread that takes weights
             with self._changed:
                 self._failure = self._failure or error

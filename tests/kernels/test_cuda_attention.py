@@ -20,7 +20,7 @@ import torch
 pytest.importorskip("triton", reason="the CUDA kernels need triton")
 
 from tensorrt_llm.kernels import StepShape, reference
-from tensorrt_llm.kernels.cuda import gpt_attention
+from tensorrt_llm.kernels.cuda import decode_attention, gpt_attention
 from tensorrt_llm.kernels.cuda.attention import batch_invariant_gpt_attention
 
 ON_GPU = torch.cuda.is_available()
@@ -323,11 +323,16 @@ def test_only_the_slots_of_new_tokens_are_written(device: torch.device, heads: t
     torch.testing.assert_close(pool.double(), wanted, rtol=0, atol=4e-6, equal_nan=True)
 
 
+@pytest.mark.parametrize("attention", [gpt_attention, batch_invariant_gpt_attention], ids=["few", "invariant"])
 @pytest.mark.parametrize("is_int8", [False, True])
 @pytest.mark.parametrize("heads", [(2, 2), (4, 1)])
-def test_a_decode_does_not_depend_on_its_batch(device: torch.device, heads: tuple[int, int], is_int8: bool) -> None:
+def test_a_decode_does_not_depend_on_its_batch(
+    device: torch.device, heads: tuple[int, int], is_int8: bool, attention: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if attention is batch_invariant_gpt_attention:
+        monkeypatch.setattr(decode_attention, "MANY_VECTORS", 4)  # the batch is over the bound, one sequence is not
     case = make_case([(0, 9, 9)], [(99, 1, 5), (300, 1, 5), (150, 1, 5)], device=device, heads=heads, is_int8=is_int8)
-    together = case.run(gpt_attention)[0]
+    together = case.run(attention)[0]
     for row in (1, 2, 3):
         token, length = 8 + row, int(case.sequence_length[row])
         alone = replace(
@@ -340,7 +345,7 @@ def test_a_decode_does_not_depend_on_its_batch(device: torch.device, heads: tupl
             block_tables=case.block_tables[row : row + 1],
             attributes=case.attributes | {"step": StepShape(1, 1, 0, 0, 1, length)},
         )
-        assert torch.equal(alone.run(gpt_attention)[0][0], together[token])
+        assert torch.equal(alone.run(attention)[0][0], together[token])
 
 
 def test_a_longer_bound_on_the_step_changes_no_bit(device: torch.device) -> None:

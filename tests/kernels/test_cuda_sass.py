@@ -15,6 +15,7 @@ NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 if not all((NVIDIA_TOOLS / tool).exists() for tool in ("ptxas", "nvdisasm", "cuobjdump")):
     pytest.skip("this triton has no compiler for NVIDIA GPUs", allow_module_level=True)
 
+GLOBAL_WRITES = ("STG", "RED", "ATOM")
 ATTENTION = [f"{case}_{dtype}" for case in ("prefill", "decode", "grouped_decode") for dtype in ("float16", "bfloat16")]
 
 
@@ -47,6 +48,23 @@ def test_no_kernel_spills_registers(compiled: dict[str, dict[str, Any]]) -> None
         if facts["stack"] or count(facts, "LDL", "STL")
     ]
     assert not spilling
+
+
+def test_a_kernel_that_starts_early_reads_only_weights_and_step_inputs_before_it_waits(
+    compiled: dict[str, dict[str, Any]],
+) -> None:
+    before_wait = {
+        (case, kernel): facts["before_wait"]
+        for case, kernels in compiled.items()
+        for kernel, facts in kernels.items()
+        if facts["before_wait"] is not None
+    }
+    assert {kernel for _, kernel in before_wait} == {
+        "_stream_rows", "_rms_norm", "_rope_kv", "_silu_mul", "_quantize", "_combine_splits", "_add_splits"
+    }  # fmt: skip
+    writes = [name for name, opcodes in before_wait.items() if any(op.startswith(GLOBAL_WRITES) for op in opcodes)]
+    reads = {kernel for (_, kernel), opcodes in before_wait.items() if any(op.startswith("LDG") for op in opcodes)}
+    assert not writes and reads == {"_stream_rows", "_rms_norm", "_rope_kv"}
 
 
 def test_every_kernel_moves_128_bits_at_a_time(compiled: dict[str, dict[str, Any]]) -> None:

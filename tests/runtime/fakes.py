@@ -42,7 +42,7 @@ class FakeSession:
         vocab_size: int = VOCAB_SIZE,
     ) -> None:
         """`next_token` scripts the model: it names the token that follows a sequence, with logit 1 against 0."""
-        self.config = SimpleNamespace(vocab_size=vocab_size, limits=limits)
+        self.config = SimpleNamespace(vocab_size=vocab_size, limits=limits, batch_invariant=False)
         self.device = torch.device("cpu")
         self.num_blocks = num_blocks
         self.num_pending_read = 0  # input tokens that came from the sampled ids

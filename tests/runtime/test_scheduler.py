@@ -212,6 +212,19 @@ def test_no_block_is_taken_for_a_last_token_that_is_pending() -> None:
     assert (next_batch(scheduler).rows, allocator.num_free) == ((), 2)
 
 
+def test_without_preemption_a_sequence_enters_when_there_are_blocks_for_all_that_it_may_become() -> None:
+    # Each may take three blocks of four tokens; five are there, so two at a time would need one more.
+    scheduler = Scheduler(make_limits(block=4), BlockAllocator(6), preempts=False)
+    requests = [make_request(index, 4, 8) for index in range(3)]
+    for request in requests:
+        scheduler.submit(request)
+    most_running = 0
+    while scheduler.has_work:
+        run_step(scheduler)
+        most_running = max(most_running, len(scheduler.running))
+    assert most_running == 1 and all(request.is_finished for request in requests)
+
+
 def test_a_preemption_waits_for_tokens_that_are_pending() -> None:
     scheduler = Scheduler(make_limits(block=4), BlockAllocator(1 + 3))
     old, young = make_request(0, 4, 5), make_request(1, 4, 5)

@@ -7,6 +7,7 @@ import logging
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -121,9 +122,9 @@ def test_reading_ahead_is_bounded(file: WeightFile) -> None:
 def test_a_weight_is_not_held_after_it_was_taken(file: WeightFile) -> None:
     stream = WeightStream(file, list(file), CPU, SMALL)
     with stream.open():
-        for name in list(file)[:4]:
-            stream.take(name)
+        taken = [weakref.ref(stream.take(name).untyped_storage()) for name in list(file)[:4]]
         assert not set(list(file)[:4]) & set(stream._arriving)
+        assert not any(storage() for storage in taken)
 
 
 def test_leaving_early_ends_the_readers(file: WeightFile) -> None:

@@ -96,7 +96,10 @@ class BenchmarkArgs:
         charts = chart_paths(self.output_chart).values() if self.output_chart else ()
         for path in (self.output_json, self.output_markdown, *charts):
             if path:
-                path.parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                except OSError as error:
+                    raise ValueError(f"{path} cannot be written: {error}, expected a path in a folder") from error
         if self.output_chart:
             new_figure(1, 1)  # a missing package shows before the work
 

@@ -1,8 +1,7 @@
 """Ops whose rows have the same bits in any step: one way to compute them, whatever the number of tokens.
 
-Attention is held to one size of tiles. The kernels of all other ops, and the integer sums of SmoothQuant, are so by
-themselves: a row belongs to one program. What these cost: tiles of 64 tokens for one, and no cuBLAS
-for prompts.
+Attention is held to splits of one size. The kernels of all other ops, and the integer sums of SmoothQuant, are so by
+themselves: a row belongs to one program. The cost: one token takes a tile of 64, and prompts do without cuBLAS.
 """
 
 import torch

@@ -232,6 +232,10 @@ def _combine_splits(
     tl.store(out_ptr + row + dims, result / total, mask=dims < HEAD_SIZE)
 
 
+# Pairs of a sequence and a KV head that make programs enough for an H200, with its 132 SMs, by themselves.
+MANY_VECTORS = 768
+
+
 def _split_tokens(num_vectors: int, group: int, is_batch_invariant: bool) -> int:
     """Tokens of a split, for `num_vectors` pairs of a sequence and a KV head, each with `group` query heads.
 
@@ -241,7 +245,7 @@ def _split_tokens(num_vectors: int, group: int, is_batch_invariant: bool) -> int
     """
     if group > 1:
         return 128  # grouped heads have fewer programs per token
-    return 256 if is_batch_invariant or num_vectors >= 768 else 64
+    return 256 if is_batch_invariant or num_vectors >= MANY_VECTORS else 64
 
 
 def decode_attention(

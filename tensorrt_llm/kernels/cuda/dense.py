@@ -93,7 +93,10 @@ MOST_TOKENS = 32
 def multiply(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: str, *, is_gated: bool
 ) -> torch.Tensor:
-    """x weight^T + bias, or the gated product, in `dtype`; x and weight are what `takes` agrees to."""
+    """x weight^T + bias, or the gated product, in `dtype`; x and weight are what `takes` agrees to.
+
+    No kernel of the step may have written the weight: it is read before the kernels in front are done.
+    """
     tokens = x.shape[0]
     if tokens == 1:
         return _stream(x, weight, bias, dtype, is_gated=is_gated)

@@ -21,9 +21,14 @@ logger = logging.getLogger(__name__)
 
 def matmul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, dtype: str) -> torch.Tensor:
     """x weight^T + bias in `dtype`; float32 results of 16-bit inputs come straight from the float32 accumulator."""
-    out_dtype = torch_dtype(dtype)
     if dense.takes(x, weight):
         return dense.multiply(x, weight, bias, dtype, is_gated=False)
+    return library_matmul(x, weight, bias, dtype=dtype)
+
+
+def library_matmul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, dtype: str) -> torch.Tensor:
+    """`matmul` through cuBLAS, also for a weight that a kernel of the same step has written."""
+    out_dtype = torch_dtype(dtype)
     if x.dtype == weight.dtype == out_dtype:
         return F.linear(x, weight, bias)
     if x.dtype == weight.dtype and out_dtype == torch.float32 and x.is_cuda:

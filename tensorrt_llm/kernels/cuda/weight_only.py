@@ -36,7 +36,7 @@ from ..quantized_reference import split_optional
 from .epilogue import interleaved, store_outputs, tile_rows
 from .integer_planes import HAS_PTX, integer_plane
 from .kv_pool import dot_dtype
-from .linear import matmul
+from .linear import library_matmul
 from .overlap import overlapping, start_next, wait_for_previous
 
 # The bits of one in float32. An integer among the last 23 of them adds its share of one. The kernel takes this as an
@@ -431,8 +431,7 @@ def _launch_stream(
     x: torch.Tensor, weight: _Weight, bias: torch.Tensor | None, dtype: str, is_gated: bool
 ) -> torch.Tensor:
     out = _empty_output(1, weight, dtype, is_gated, x.device)
-    # Pieces of rows that keep most loads in flight, by times on an H200 at the shapes of a 7B model: 3.1 to 3.9 TB/s
-    # for int8, and 1.7 to 2.6 TB/s for int4, whose instructions bound it.
+    # Pieces of rows that keep most loads in flight, by times on an H200 at the shapes of a 7B model: perf_notes.md.
     piece_bytes = 256 * weight.bits
     row_tile = 8 if weight.depth * weight.bits <= 16384 else 4
     block_tile = min(piece_bytes // (2 * weight.plane), triton.next_power_of_2(weight.num_blocks))
@@ -532,7 +531,8 @@ def _multiply_widened(
             weight.words, weight.scale, weight.zero, dense, start, rows, weight.num_rows, weight.depth,
             weight.num_blocks, weight.num_groups, ROW_TILE=32, **weight.layout, num_warps=4,
         )  # fmt: skip
-        pieces.append(matmul(x, dense[:rows], None if bias is None else bias[part].to(x.dtype), dtype=product_dtype))
+        part_bias = None if bias is None else bias[part].to(x.dtype)
+        pieces.append(library_matmul(x, dense[:rows], part_bias, dtype=product_dtype))
     product = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
     if not is_gated:
         return product
