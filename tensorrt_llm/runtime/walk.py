@@ -50,17 +50,17 @@ def walk(engine: Engine, texts: Sequence[Sequence[int]], device: torch.device, l
     """
     with engine.checking_weights():
         prepare_device(device)
-    with torch.inference_mode():
-        inputs = _prompts(texts, engine.config.limits.tokens_per_block, device, logits_of)
-        values = {**inputs.tensors, **_shared_pool(engine, inputs, device)}
-        kernels = kernels_for(device, batch_invariant=engine.config.batch_invariant)
-        for node, call in bind_one_by_one(engine.plan, engine.weights.__getitem__, kernels, device):
-            attrs = {**call.attrs, "step": inputs.shape} if call.needs_step else call.attrs
-            visit = Visit(node, call, tuple(values[name] for name in call.reads), attrs)
-            yield visit
-            values |= zip(call.makes, visit.results, strict=True)
-            for name in call.releases:
-                del values[name]
+    # No inference mode here: between two visits it would hold for the caller, too. Nothing asks for gradients anyway.
+    inputs = _prompts(texts, engine.config.limits.tokens_per_block, device, logits_of)
+    values = {**inputs.tensors, **_shared_pool(engine, inputs, device)}
+    kernels = kernels_for(device, batch_invariant=engine.config.batch_invariant)
+    for node, call in bind_one_by_one(engine.plan, engine.weights.__getitem__, kernels, device):
+        attrs = {**call.attrs, "step": inputs.shape} if call.needs_step else call.attrs
+        visit = Visit(node, call, tuple(values[name] for name in call.reads), attrs)
+        yield visit
+        values |= zip(call.makes, visit.results, strict=True)
+        for name in call.releases:
+            del values[name]
 
 
 def _prompts(texts: Sequence[Sequence[int]], tokens_per_block: int, device: torch.device, logits_of: int) -> StepInputs:

@@ -15,7 +15,7 @@ NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 if not all((NVIDIA_TOOLS / tool).exists() for tool in ("ptxas", "nvdisasm", "cuobjdump")):
     pytest.skip("this triton has no compiler for NVIDIA GPUs", allow_module_level=True)
 
-GLOBAL_WRITES = ("STG", "RED", "ATOM")
+GLOBAL_WRITES = ("STG", "RED.", "ATOM")
 ATTENTION = [f"{case}_{dtype}" for case in ("prefill", "decode", "grouped_decode") for dtype in ("float16", "bfloat16")]
 
 

@@ -66,6 +66,11 @@ def test_a_walk_makes_the_logits_of_a_session(mode: QuantMode) -> None:
     torch.testing.assert_close(last.results[0][:, : CONFIG.vocab_size], expected, rtol=0, atol=1e-5)
 
 
+def test_between_two_visits_the_mode_of_the_caller_holds() -> None:
+    visits = walk(plain_engine(), TEXTS, CPU)
+    assert next(visits).results and not torch.is_inference_mode_enabled()
+
+
 def test_writing_into_a_result_changes_what_follows() -> None:
     def logits(change: bool) -> torch.Tensor:
         for visit in walk(plain_engine(), TEXTS, CPU, logits_of=1):
