@@ -26,13 +26,13 @@ from tensorrt_llm.kernels import StepShape
 from tensorrt_llm.kernels.cuda import (
     add_rms_norm,
     gated_mlp,
-    gpt_attention,
     quantize_per_token,
     smooth_quant_gated_mlp,
     smooth_quant_gemm,
     weight_only_gated_mlp,
     weight_only_quant_matmul,
 )
+from tensorrt_llm.kernels.cuda.attention import GptAttention
 from tensorrt_llm.kernels.cuda.gated_mlp import silu_mul
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -153,7 +153,7 @@ def attend(dtype: torch.dtype, kv_dtype: torch.dtype, step: StepShape, heads: in
         return torch.empty(shape, dtype=torch.int32, device="meta")
 
     batch, tokens = step.batch_size, step.num_tokens
-    gpt_attention(
+    GptAttention(is_batch_invariant=False)(
         torch.empty((tokens, (heads + 2 * kv_heads) * 128), dtype=dtype, device="meta"),
         torch.empty(pool, dtype=kv_dtype, device="meta"),
         ints(tokens), ints(batch + 1), ints(batch), ints(batch), ints(batch, 128),

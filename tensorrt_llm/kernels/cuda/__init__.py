@@ -6,7 +6,7 @@ equal bits. The tests run the same files on CPU tensors through Triton's interpr
 """
 
 from .. import Kernel
-from .attention import gpt_attention
+from .attention import GptAttention
 from .batch_invariant import batch_invariant_kernels
 from .gated_mlp import gated_mlp, prepare_gated_mlp
 from .linear import embedding, gather_last_token, matmul
@@ -35,7 +35,7 @@ def cuda_kernels(*, batch_invariant: bool = False) -> dict[str, Kernel]:
         "matmul": Kernel(matmul),
         "gated_mlp": Kernel(gated_mlp, prepare=prepare_gated_mlp),
         "gather_last_token": Kernel(gather_last_token),
-        "gpt_attention": Kernel(gpt_attention, needs_step=True),
+        "gpt_attention": Kernel(GptAttention(is_batch_invariant=batch_invariant), needs_step=True),
         "weight_only_quant_matmul": Kernel(weight_only_quant_matmul, prepare=prepare_weight_only_quant_matmul),
         "weight_only_gated_mlp": Kernel(weight_only_gated_mlp, prepare=prepare_weight_only_gated_mlp),
         "quantize_per_token": Kernel(quantize_per_token),

@@ -8,8 +8,9 @@ q and out are [tokens, heads, head_size]; the decodes' rows begin at `first_toke
 A program takes one sequence, one KV head and one split of SPLIT_TOKENS tokens. Splits have one size, not one count, so
 a sequence's bits do not depend on the longest sequence of the step; they depend on whether it is one of few or of many,
 unless is_batch_invariant. With one split the result is final; otherwise each split leaves its normalised result and its
-log-sum-exp, and a second kernel weighs them in order. Softmax is in float32 and in powers of two: log2(e) is folded
-into the scale.
+log-sum-exp, and they are weighed in order: by whichever program of a head is the last to arrive, or, where a program
+has many heads, by a second kernel. Only the counting of arrivals is atomic: who comes last changes no bit. Softmax is
+in float32 and in powers of two: log2(e) is folded into the scale.
 """
 
 # mypy: allow-untyped-defs, disable-error-code=assignment
@@ -30,20 +31,45 @@ from .overlap import has_dependent_launch, overlapping, start_next, wait_for_pre
 _LOWEST = tl.constexpr(-1e30)
 
 
+@triton.jit
+def _weigh_splits(
+    partial_ptr, lse_ptr, first_row, used_splits, HEAD_SIZE: tl.constexpr, DIM_TILE: tl.constexpr
+):  # fmt: skip
+    """sum_s 2^lse[s] partial[s] / sum_s 2^lse[s] over the rows from first_row on, taken in order."""
+    CHUNK: tl.constexpr = 16
+    dims = tl.arange(0, DIM_TILE)
+    top = tl.full([], _LOWEST, tl.float32)
+    total = tl.zeros([], tl.float32)
+    result = tl.zeros([DIM_TILE], tl.float32)
+    for first in range(0, used_splits, CHUNK):
+        splits = first + tl.arange(0, CHUNK)
+        used = splits < used_splits
+        lse = tl.load(lse_ptr + first_row + splits, mask=used, other=float("-inf"))
+        mask = used[:, None] & (dims < HEAD_SIZE)[None, :]
+        partial = tl.load(partial_ptr + (first_row + splits)[:, None] * HEAD_SIZE + dims[None, :], mask=mask, other=0.0)
+        new_top = tl.maximum(top, tl.max(lse, axis=0))
+        decay, weight = tl.exp2(top - new_top), tl.exp2(lse - new_top)
+        total = total * decay + tl.sum(weight, axis=0)
+        result = result * decay + tl.sum(partial * weight[:, None], axis=0)
+        top = new_top
+    return result / total
+
+
 @triton.jit(
     do_not_specialize=["first_sequence", "first_token", "num_splits", "table_stride"],
     do_not_specialize_on_alignment=["block_tables_ptr", "sequence_length_ptr"],
 )
 def _decode_one_head(
-    q_ptr, pool_ptr, scales_ptr, block_tables_ptr, sequence_length_ptr, out_ptr, partial_ptr, lse_ptr,
+    q_ptr, pool_ptr, scales_ptr, block_tables_ptr, sequence_length_ptr, out_ptr, partial_ptr, lse_ptr, arrivals_ptr,
     first_sequence, first_token, num_splits, table_stride, block_stride, value_stride, head_stride, token_stride, scale,
     NUM_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, DIM_TILE: tl.constexpr, TOKENS_PER_BLOCK: tl.constexpr,
-    SPLIT_TOKENS: tl.constexpr, TILE_TOKENS: tl.constexpr, IS_ONLY_SPLIT: tl.constexpr, NUM_STAGES: tl.constexpr,
+    SPLIT_TOKENS: tl.constexpr, TILE_TOKENS: tl.constexpr, NUM_STAGES: tl.constexpr,
     IS_INT8: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One query head per KV head: no dot, as 15 of 16 rows of a tensor core tile would be padding.
 
-    Every token lane keeps its own running maximum, sum and result; they meet once, after the loop.
+    Every token lane keeps its own running maximum, sum and result; they meet once, after the loop. `arrivals` has a
+    zero for each sequence and head, and has it again when all programs are done.
     """
     start_next(OVERLAP)
     index, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -90,12 +116,19 @@ def _decode_one_head(
     share = tl.exp2(top - best)
     sum_of_weights = tl.sum(total * share, axis=0)
     row = tl.sum(result * share[:, None], axis=0) / sum_of_weights
-    if IS_ONLY_SPLIT:
+    used_splits = tl.cdiv(length, SPLIT_TOKENS)
+    if used_splits == 1:
         tl.store(out_ptr + query_row + dims, row, mask=dim_mask)
-    else:
-        partial_row = (index.to(tl.int64) * NUM_HEADS + head) * num_splits + split
-        tl.store(partial_ptr + partial_row * HEAD_SIZE + dims, row, mask=dim_mask)
-        tl.store(lse_ptr + partial_row, best + tl.log2(sum_of_weights))
+        return
+    vector = index * NUM_HEADS + head
+    first_row = vector.to(tl.int64) * num_splits
+    tl.store(partial_ptr + (first_row + split) * HEAD_SIZE + dims, row, mask=dim_mask)
+    tl.store(lse_ptr + first_row + split, best + tl.log2(sum_of_weights))
+    tl.debug_barrier()  # one thread counts for all: what the others have stored comes before
+    if tl.atomic_add(arrivals_ptr + vector, 1, sem="acq_rel") == used_splits - 1:
+        tl.store(arrivals_ptr + vector, 0)
+        whole = _weigh_splits(partial_ptr, lse_ptr, first_row, used_splits, HEAD_SIZE, DIM_TILE)
+        tl.store(out_ptr + query_row + dims, whole, mask=dim_mask)
 
 
 @triton.jit
@@ -205,35 +238,37 @@ def _decode_grouped_heads(
 def _combine_splits(
     partial_ptr, lse_ptr, sequence_length_ptr, out_ptr, first_sequence, first_token, num_splits,
     NUM_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, DIM_TILE: tl.constexpr, SPLIT_TOKENS: tl.constexpr,
-    CHUNK: tl.constexpr, OVERLAP: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """out = sum_s 2^lse[s] partial[s] / sum_s 2^lse[s], the splits of one sequence and head taken in order."""
+    """The splits of one sequence and head."""
     start_next(OVERLAP)
     wait_for_previous(OVERLAP)
     index, head = tl.program_id(0), tl.program_id(1)
     used_splits = tl.cdiv(tl.load(sequence_length_ptr + first_sequence + index), SPLIT_TOKENS)
-    dims = tl.arange(0, DIM_TILE)
     first_row = (index.to(tl.int64) * NUM_HEADS + head) * num_splits
-    top = tl.full([], _LOWEST, tl.float32)
-    total = tl.zeros([], tl.float32)
-    result = tl.zeros([DIM_TILE], tl.float32)
-    for first in range(0, used_splits, CHUNK):
-        splits = first + tl.arange(0, CHUNK)
-        used = splits < used_splits
-        lse = tl.load(lse_ptr + first_row + splits, mask=used, other=float("-inf"))
-        mask = used[:, None] & (dims < HEAD_SIZE)[None, :]
-        partial = tl.load(partial_ptr + (first_row + splits)[:, None] * HEAD_SIZE + dims[None, :], mask=mask, other=0.0)
-        new_top = tl.maximum(top, tl.max(lse, axis=0))
-        decay, weight = tl.exp2(top - new_top), tl.exp2(lse - new_top)
-        total = total * decay + tl.sum(weight, axis=0)
-        result = result * decay + tl.sum(partial * weight[:, None], axis=0)
-        top = new_top
+    whole = _weigh_splits(partial_ptr, lse_ptr, first_row, used_splits, HEAD_SIZE, DIM_TILE)
     row = ((first_token + index).to(tl.int64) * NUM_HEADS + head) * HEAD_SIZE
-    tl.store(out_ptr + row + dims, result / total, mask=dims < HEAD_SIZE)
-
-
+    dims = tl.arange(0, DIM_TILE)
+    tl.store(out_ptr + row + dims, whole, mask=dims < HEAD_SIZE)
 # Pairs of a sequence and a KV head that make programs enough for an H200, with its 132 SMs, by themselves.
 MANY_VECTORS = 768
+
+
+class Arrivals:
+    """Zeros on a device, where the programs of a launch count each other, and leave zeros behind.
+
+    For launches that come one after the other. A captured graph keeps the address, so no zeros are ever let go.
+    """
+
+    def __init__(self) -> None:
+        self._zeros: dict[tuple[torch.device, int], torch.Tensor] = {}
+
+    def of(self, count: int, device: torch.device) -> torch.Tensor:
+        """At least `count` of them, int32."""
+        size = max(1024, triton.next_power_of_2(count))
+        if (device, size) not in self._zeros:
+            self._zeros[device, size] = torch.zeros(size, dtype=torch.int32, device=device)
+        return self._zeros[device, size]
 
 
 def _split_tokens(num_vectors: int, group: int, is_batch_invariant: bool) -> int:
@@ -258,6 +293,7 @@ def decode_attention(
     *,
     step: StepShape,
     q_scaling: float,
+    arrivals: Arrivals,
     is_batch_invariant: bool = False,
 ) -> None:
     """Fill out[num_context_tokens:], the attention of the sequences from num_contexts on."""
@@ -275,35 +311,38 @@ def decode_attention(
         partial = torch.empty((decodes, num_heads, num_splits, head_size), dtype=torch.float32, device=q.device)
         lse = torch.empty((decodes, num_heads, num_splits), dtype=torch.float32, device=q.device)
     pool = past_key_value.view(torch.int16) if is_int8 and group > 1 else past_key_value
-    arguments = (
-        q, pool, key_value_scales, block_tables, sequence_length, out, partial, lse,
+    tensors = (q, pool, key_value_scales, block_tables, sequence_length, out, partial, lse)
+    numbers = (
         step.num_contexts, step.num_context_tokens, num_splits, block_tables.stride(0), *pool_strides(pool),
         math.log2(math.e) / (q_scaling * math.sqrt(head_size)),
     )  # fmt: skip
     sizes = dict(
         NUM_HEADS=num_heads, HEAD_SIZE=head_size, DIM_TILE=padded_width(pool.shape[4]), IS_INT8=is_int8,
-        TOKENS_PER_BLOCK=past_key_value.shape[3], SPLIT_TOKENS=split_tokens, IS_ONLY_SPLIT=is_only_split,
-        OVERLAP=has_dependent_launch(q.device),
+        TOKENS_PER_BLOCK=past_key_value.shape[3], SPLIT_TOKENS=split_tokens, OVERLAP=has_dependent_launch(q.device),
     )  # fmt: skip
     grid = (decodes, num_kv_heads, num_splits)
     if group == 1:
         # Many small programs: K and V tiles of 4 KB each in float16, two of them in flight, eight programs on an SM.
         # 64 sequences of 288 tokens take 84 us, in tiles of 32 on 4 warps 98; over int8 68 and 79 (H200).
-        _decode_one_head[grid](*arguments, **sizes, TILE_TOKENS=16, NUM_STAGES=3, num_warps=2)
-    else:
-        # Float32 products run without tensor cores and need smaller tiles to stay within the registers. Int8 tiles are
-        # half as many bytes: 64 sequences of 1024 tokens took 49 us in two stages, 56 us in three (H200, 4 KV heads).
-        is_exact = q.dtype == torch.float32
-        tile_tokens, num_stages, num_warps = (32, 2, 8) if is_exact else (64, 3, 4)
-        if is_int8:
-            num_stages -= 1
-        _decode_grouped_heads[grid](
-            *arguments, **sizes, GROUP=group, GROUP_TILE=max(16, triton.next_power_of_2(group)),
-            TILE_TOKENS=tile_tokens, NUM_STAGES=num_stages, DOT_DTYPE=dot_dtype(q.dtype), num_warps=num_warps,
+        _decode_one_head[grid](
+            *tensors, arrivals.of(decodes * num_heads, q.device), *numbers, **sizes, TILE_TOKENS=16, NUM_STAGES=3,
+            num_warps=2,
         )  # fmt: skip
+        return
+    # Float32 products run without tensor cores and need smaller tiles to stay within the registers. Int8 tiles are
+    # half as many bytes: 64 sequences of 1024 tokens took 49 us in two stages, 56 us in three (H200, 4 KV heads).
+    is_exact = q.dtype == torch.float32
+    tile_tokens, num_stages, num_warps = (32, 2, 8) if is_exact else (64, 3, 4)
+    if is_int8:
+        num_stages -= 1
+    _decode_grouped_heads[grid](
+        *tensors, *numbers, **sizes, IS_ONLY_SPLIT=is_only_split, GROUP=group,
+        GROUP_TILE=max(16, triton.next_power_of_2(group)), TILE_TOKENS=tile_tokens, NUM_STAGES=num_stages,
+        DOT_DTYPE=dot_dtype(q.dtype), num_warps=num_warps,
+    )  # fmt: skip
     if not is_only_split:
         _combine_splits[(decodes, num_heads)](
             partial, lse, sequence_length, out, step.num_contexts, step.num_context_tokens, num_splits,
             NUM_HEADS=num_heads, HEAD_SIZE=head_size, DIM_TILE=padded_width(head_size), SPLIT_TOKENS=split_tokens,
-            CHUNK=16, num_warps=4, **overlapping(q.device),
+            num_warps=4, **overlapping(q.device),
         )  # fmt: skip
