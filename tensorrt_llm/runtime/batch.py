@@ -34,13 +34,17 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """The rows of one step, contexts first."""
+    """The rows of one step: contexts first, then decodes of one token each."""
 
     rows: tuple[Row, ...]
 
     @cached_property
     def num_tokens(self) -> int:
-        return sum(row.length for row in self.rows)
+        return self.num_context_tokens + len(self.rows) - self.num_contexts
+
+    @cached_property
+    def num_context_tokens(self) -> int:
+        return sum(row.length for row in self.rows[: self.num_contexts])
 
     @cached_property
     def num_logits(self) -> int:
@@ -49,6 +53,11 @@ class Batch:
     @cached_property
     def num_contexts(self) -> int:
         return next((index for index, row in enumerate(self.rows) if not row.is_context), len(self.rows))
+
+    @cached_property
+    def max_blocks(self) -> int:
+        """The most that a sequence holds."""
+        return max(len(row.request.blocks) for row in self.rows)
 
     @cached_property
     def receivers(self) -> list[Request]:
