@@ -254,6 +254,7 @@ class Request:
     sampled_row: int = 0  # the newest pending token's row among the tokens that the last launched step samples
     num_cached: int = 0  # tokens whose keys and values are in the cache, or will be when the launched steps are through
     blocks: list[int] = field(default_factory=list)
+    max_blocks: int = 0  # that it may come to hold; known once it is submitted
     # If asked for: of each output token; [chunk, vocab] tensors of the prompt's rows; a [vocab] row per output token.
     log_probs: list[float] = field(default_factory=list, repr=False)
     context_logits: list[Any] = field(default_factory=list, repr=False)

@@ -118,12 +118,11 @@ class StepGraphs:
 
 def room_for(batch: Batch, limits: Limits) -> Room | None:
     """The smallest room with a graph that holds the batch; None: it is not for graphs."""
-    num_decodes = len(batch.rows) - batch.num_contexts
     if batch.num_logits > len(batch.rows):
         return None
     if not batch.num_contexts:
         return _decode_room(batch, limits)
-    if num_decodes:
+    if batch.decodes:
         return _mixed_room(batch, limits)
     return _prompt_room(batch, limits)
 
@@ -149,7 +148,7 @@ def _mixed_room(batch: Batch, limits: Limits) -> Room | None:
     if batch.num_context_tokens > _MIXED_TOKENS[-1] or batch.num_contexts > _MIXED_PROMPTS:
         return None
     num_tokens = _next(_MIXED_TOKENS, batch.num_context_tokens)
-    num_decodes = _next(_MIXED_DECODES, len(batch.rows) - batch.num_contexts)
+    num_decodes = _next(_MIXED_DECODES, len(batch.decodes))
     num_logits = min(_MIXED_PROMPTS + num_decodes, max(limits.max_batch_size, batch.num_logits))
     max_blocks = max(_table_width(batch, limits), _blocks_of_padding(num_tokens, limits))
     return Room(num_tokens, _MIXED_PROMPTS + 1, num_decodes, num_logits, max_blocks)
@@ -161,8 +160,9 @@ def _is_mixed(room: Room) -> bool:
 
 def _table_width(batch: Batch, limits: Limits) -> int:
     """Blocks of the longest sequence, with few steps between one and the most there can be."""
+    longest = max(len(request.blocks) for request in batch.requests)
     max_blocks = 1
-    while max_blocks < batch.max_blocks:
+    while max_blocks < longest:
         max_blocks *= _CONTEXT_STEP
     return min(max_blocks, limits.max_blocks_per_seq)
 

@@ -46,9 +46,9 @@ class Room(NamedTuple):
         return cls(
             batch.num_context_tokens,
             batch.num_contexts,
-            len(batch.rows) - batch.num_contexts,
+            len(batch.decodes),
             batch.num_logits,
-            batch.max_blocks,
+            max(len(request.blocks) for request in batch.requests),
         )
 
     @property
@@ -116,40 +116,42 @@ def to_arrays(batch: Batch, room: Room, num_sampled: int) -> dict[str, np.ndarra
     padding, of one token each, stand behind all. Both have scratch block 0 for all of their blocks, so they write
     nowhere that matters.
     """
-    rows, num_contexts = batch.rows, batch.num_contexts
-    places = np.arange(len(rows))  # of the rows among the sequences
+    requests, num_contexts = batch.requests, batch.num_contexts
+    decoding = requests[num_contexts:]
+    places = np.arange(len(requests))  # of the rows among the sequences
     places[num_contexts:] += room.num_contexts - num_contexts
 
     starts = np.zeros(room.num_sequences, dtype=np.int32)
-    starts[places] = [row.start for row in rows]
+    starts[places] = [row.start for row in batch.rows]
     lengths = np.zeros(room.num_sequences, dtype=np.int32)
-    lengths[:num_contexts] = [row.length for row in rows[:num_contexts]]
+    lengths[:num_contexts] = [row.length for row in batch.contexts]
     if room.num_context_tokens > batch.num_context_tokens:
         assert room.num_contexts > num_contexts, f"no context for the padding of {batch.num_context_tokens} in {room}"
         lengths[room.num_contexts - 1] = room.num_context_tokens - batch.num_context_tokens
     lengths[room.num_contexts :] = 1
     query_stops = lengths.cumsum()
     context_lengths = np.ones(room.num_sequences, dtype=np.int32)
-    context_lengths[places] = [row.request.context_length for row in rows]
+    context_lengths[places] = [request.context_length for request in requests]
 
     # A pending token is a decode's, and a zero for the host.
     token_ids = np.zeros(room.num_tokens, dtype=np.int32)
-    token_ids[: batch.num_context_tokens] = [token for row in rows[:num_contexts] for token in row.token_ids]
+    token_ids[: batch.num_context_tokens] = [token for row in batch.contexts for token in row.token_ids]
     token_sources = np.arange(num_sampled, num_sampled + room.num_tokens, dtype=np.int32)
-    for index, row in enumerate(rows[num_contexts:], start=room.num_context_tokens):
-        if row.request.num_pending:
-            token_sources[index] = row.request.sampled_row
-        else:
-            token_ids[index] = row.request.token_ids[row.start]
+    decodes = slice(room.num_context_tokens, room.num_context_tokens + len(decoding))
+    is_pending = np.array([request.num_pending for request in decoding], dtype=bool)
+    token_ids[decodes] = np.where(is_pending, 0, [request.token_ids[-1] for request in decoding])
+    sampled_rows = [request.sampled_row for request in decoding]
+    token_sources[decodes] = np.where(is_pending, sampled_rows, token_sources[decodes])
 
-    num_logits = np.array([row.num_logits for row in rows])
+    num_logits = np.ones(len(requests), dtype=np.int32)
+    num_logits[:num_contexts] = [row.num_logits for row in batch.contexts]
     last_token_ids = np.zeros(room.num_logits, dtype=np.int32)
     last_token_ids[: batch.num_logits] = _ranges(query_stops[places] - num_logits, num_logits)
     block_tables = np.zeros((room.num_sequences, room.max_blocks), dtype=np.int32)
-    counts = np.zeros(room.num_sequences, dtype=np.int32)
-    counts[places] = [len(row.request.blocks) for row in rows]
-    blocks = chain.from_iterable(row.request.blocks for row in rows)
-    block_tables[np.arange(room.max_blocks) < counts[:, None]] = np.fromiter(blocks, np.int32, counts.sum())
+    num_blocks = np.zeros(room.num_sequences, dtype=np.int32)
+    num_blocks[places] = [len(request.blocks) for request in requests]
+    blocks = list(chain.from_iterable([request.blocks for request in requests]))
+    block_tables[np.arange(room.max_blocks) < num_blocks[:, None]] = blocks
     return {
         "input_ids": token_ids,
         "token_sources": token_sources,
@@ -179,7 +181,7 @@ def _array_shapes(room: Room) -> dict[str, tuple[int, ...]]:
 def shape_of(batch: Batch) -> StepShape:
     return StepShape(
         num_tokens=batch.num_tokens,
-        batch_size=len(batch.rows),
+        batch_size=len(batch.requests),
         num_contexts=batch.num_contexts,
         num_context_tokens=batch.num_context_tokens,
         max_query_length=max(row.length for row in batch.rows),
