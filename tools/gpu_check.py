@@ -31,10 +31,10 @@ from tensorrt_llm.kernels.cuda import (  # noqa: E402
     add_rms_norm,
     cuda_kernels,
     gated_mlp,
-    gpt_attention,
     matmul,
     quantize_per_token,
 )
+from tensorrt_llm.kernels.cuda.attention import GptAttention  # noqa: E402
 
 HIDDEN, HEADS, HEAD_SIZE, MLP_HIDDEN, VOCABULARY = 4096, 32, 128, 11008, 151936
 TOKENS_PER_BLOCK = 64
@@ -313,9 +313,9 @@ def make_attention(step: StepShape, length: int, kv_heads: int, dtype: str, kv_d
     lengths = torch.full((step.batch_size,), length, dtype=torch.int32, device=DEVICE)
     qkv = torch.randn(step.num_tokens, (HEADS + 2 * kv_heads) * HEAD_SIZE, device=DEVICE).to(kind)
     return partial(
-        gpt_attention, qkv, pool, positions, starts, lengths, lengths, tables, scales, step=step, num_heads=HEADS,
-        num_kv_heads=kv_heads, head_size=HEAD_SIZE, rotary_base=10000.0, rotary_dim=HEAD_SIZE, ntk_length=2048,
-        logn_length=2048,
+        GptAttention(is_batch_invariant=False), qkv, pool, positions, starts, lengths, lengths, tables, scales,
+        step=step, num_heads=HEADS, num_kv_heads=kv_heads, head_size=HEAD_SIZE, rotary_base=10000.0,
+        rotary_dim=HEAD_SIZE, ntk_length=2048, logn_length=2048,
     )  # fmt: skip
 
 

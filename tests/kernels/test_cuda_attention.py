@@ -20,7 +20,7 @@ import torch
 pytest.importorskip("triton", reason="the CUDA kernels need triton")
 
 from tensorrt_llm.kernels import StepShape, reference
-from tensorrt_llm.kernels.cuda import decode_attention
+from tensorrt_llm.kernels.cuda import decode_one_head
 from tensorrt_llm.kernels.cuda.attention import GptAttention
 
 ON_GPU = torch.cuda.is_available()
@@ -334,7 +334,7 @@ def test_a_decode_does_not_depend_on_its_batch(
     device: torch.device, heads: tuple[int, int], is_int8: bool, attention: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if attention is batch_invariant_gpt_attention:
-        monkeypatch.setattr(decode_attention, "MANY_VECTORS", 4)  # the batch is over the bound, one sequence is not
+        monkeypatch.setattr(decode_one_head, "MANY_VECTORS", 4)  # the batch is over the bound, one sequence is not
     case = make_case([(0, 9, 9)], [(99, 1, 5), (300, 1, 5), (150, 1, 5)], device=device, heads=heads, is_int8=is_int8)
     together = case.run(attention)[0]
     for row in (1, 2, 3):

@@ -10,7 +10,7 @@ from .attention import GptAttention
 from .batch_invariant import batch_invariant_kernels
 from .gated_mlp import gated_mlp, prepare_gated_mlp
 from .linear import embedding, gather_last_token, matmul
-from .norm import add_rms_norm, rms_norm
+from .norm import add_rms_norm, add_rms_norm_quantize, rms_norm, rms_norm_quantize
 from .smooth_quant import (
     prepare_smooth_quant_gated_mlp,
     quantize_per_token,
@@ -40,6 +40,8 @@ def cuda_kernels(*, batch_invariant: bool = False) -> dict[str, Kernel]:
         "weight_only_gated_mlp": Kernel(weight_only_gated_mlp, prepare=prepare_weight_only_gated_mlp),
         "quantize_per_token": Kernel(quantize_per_token),
         "quantize_tensor": Kernel(quantize_tensor),
+        "rms_norm_quantize": Kernel(rms_norm_quantize),
+        "add_rms_norm_quantize": Kernel(add_rms_norm_quantize),
         "smooth_quant_gemm": Kernel(smooth_quant_gemm),
         "smooth_quant_gated_mlp": Kernel(smooth_quant_gated_mlp, prepare=prepare_smooth_quant_gated_mlp),
     }

@@ -53,8 +53,11 @@ def _multiply_tiles(
     x_ptr, weight_ptr, bias_ptr, out_ptr, tokens, num_rows,
     DEPTH: tl.constexpr, TOKEN_TILE: tl.constexpr, ROW_TILE: tl.constexpr, DEPTH_TILE: tl.constexpr,
     NUM_STAGES: tl.constexpr, DOT_DTYPE: tl.constexpr, HAS_BIAS: tl.constexpr, IS_GATED: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """More tokens, by tensor cores."""
+    start_next(OVERLAP)
+    wait_for_previous(OVERLAP)
     tile = tl.program_id(1)
     rows = tile_rows(tile, num_rows, ROW_TILE)
     weight_rows_ptr = weight_ptr + (rows.to(tl.int64) * DEPTH)[:, None]
@@ -143,7 +146,7 @@ def multiply_in_tiles(
     _multiply_tiles[(triton.cdiv(tokens, token_tile), triton.cdiv(num_rows, ROW_TILE))](
         x, weight, bias, out, tokens, num_rows, DEPTH=depth, TOKEN_TILE=token_tile, ROW_TILE=ROW_TILE,
         DEPTH_TILE=64 if x.dtype == torch.float32 else 128, NUM_STAGES=num_stages, DOT_DTYPE=dot_dtype(x.dtype),
-        HAS_BIAS=bias is not None, IS_GATED=is_gated, num_warps=4,
+        HAS_BIAS=bias is not None, IS_GATED=is_gated, num_warps=4, **overlapping(x.device, is_early=token_tile == 32),
     )  # fmt: skip
     return out
 
