@@ -16,10 +16,11 @@ import torch
 
 from . import quantized_reference, reference
 from .step import StepShape
+from .tactics import Tactics
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["Kernel", "StepShape", "compiler_starting", "kernels_for", "reference_kernels"]
+__all__ = ["Kernel", "StepShape", "compile_errors", "compiler_starting", "kernels_for", "reference_kernels"]
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,12 @@ def reference_kernels() -> dict[str, Kernel]:
     }
 
 
-def kernels_for(device: torch.device, *, batch_invariant: bool = False) -> dict[str, Kernel]:
+def kernels_for(
+    device: torch.device, *, batch_invariant: bool = False, tactics: Tactics | None = None
+) -> dict[str, Kernel]:
     """The kernels of `device`, over the reference where that is already the best there is.
 
+    `tactics` say how CUDA multiplies where they were timed; without them heuristics do.
     With `batch_invariant` a row has the same bits in any step, on CUDA: for the CPU it is warned that nothing holds it.
     """
     if device.type == "cpu":
@@ -76,7 +80,7 @@ def kernels_for(device: torch.device, *, batch_invariant: bool = False) -> dict[
     if device.type == "cuda":
         from .cuda import cuda_kernels  # imports triton, which a CPU installation need not have
 
-        return reference_kernels() | cuda_kernels(batch_invariant=batch_invariant)
+        return reference_kernels() | cuda_kernels(batch_invariant=batch_invariant, tactics=tactics)
     raise ValueError(f"no kernels for device {device}, expected cpu or cuda")
 
 
@@ -94,3 +98,12 @@ def compiler_starting(device: torch.device, folder: Path | None) -> Iterator[Non
         started = pool.submit(run_first_kernel, device)
         yield
         started.result()
+
+
+def compile_errors(device: torch.device) -> tuple[type[Exception], ...]:
+    """What the first call of a kernel raises that `device` cannot run: one with too large tiles, for example."""
+    if device.type == "cpu":
+        return ()
+    from .cuda.compiled import TritonError  # imports triton
+
+    return (TritonError,)

@@ -19,13 +19,14 @@ from .cuda_graph import CudaGraphPool
 from .executor import Executor
 from .step_graphs import StepGraphs, room_for
 from .step_inputs import StepInputs, pack
+from .stored_tactics import stored_tactics
 
 logger = logging.getLogger(__name__)
 
 # Of the memory that is free once the weights are there; the rest is for activations and for others.
 _KV_SHARE = {"cuda": 0.9, "cpu": 0.5}
 # Beside an engine file: kernels that were compiled for it, for the next start.
-_KERNEL_FOLDER = "kernel_cache"
+KERNEL_FOLDER = "kernel_cache"
 
 
 def pick_device(name: str | None = None) -> torch.device:
@@ -85,8 +86,13 @@ class Session:
                 prepare_device(self.device)
             with _timed("kernels imported"):
                 is_invariant = self.config.batch_invariant
-                kernels = reference_kernels() if reference else kernels_for(self.device, batch_invariant=is_invariant)
-            with compiler_starting(self.device, engine.path and engine.path.parent / _KERNEL_FOLDER):
+                tactics = stored_tactics(engine, self.device)
+                kernels = (
+                    reference_kernels()
+                    if reference
+                    else kernels_for(self.device, batch_invariant=is_invariant, tactics=tactics)
+                )
+            with compiler_starting(self.device, engine.path and engine.path.parent / KERNEL_FOLDER):
                 self._executor = Executor(engine.plan, engine.weights, kernels, self.device, float32=reference)
         is_float = self.config.kv_dtype != "int8"
         self._kv_dtype = "float32" if reference and is_float else self.config.kv_dtype

@@ -8,11 +8,10 @@ without cuBLAS.
 import torch
 
 from .. import Kernel
+from ..tactics import Tactic
 from . import dense, weight_only
 from .gated_mlp import prepare_gated_mlp
 from .weight_only import prepare_weight_only_gated_mlp, prepare_weight_only_quant_matmul
-
-_TOKEN_TILE = 64
 
 
 def batch_invariant_kernels() -> dict[str, Kernel]:
@@ -28,12 +27,17 @@ def batch_invariant_kernels() -> dict[str, Kernel]:
 def matmul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, dtype: str) -> torch.Tensor:
     """x weight^T + bias in `dtype`; x and weight are of one dtype."""
     assert x.dtype == weight.dtype, f"batch-invariant matmul: x is {x.dtype}, weight {weight.dtype}"
-    return dense.multiply_in_tiles(x, weight, bias, dtype, is_gated=False, token_tile=_TOKEN_TILE)
+    return dense.multiply(x, weight, bias, dtype, _dense_tactic(x.dtype), is_gated=False)
 
 
 def gated_mlp(x: torch.Tensor, packed: torch.Tensor, *, dtype: str) -> torch.Tensor:
     """silu(x fc^T) * (x gate^T) in `dtype`, with the weight of `prepare_gated_mlp`."""
-    return dense.multiply_in_tiles(x, packed, None, dtype, is_gated=True, token_tile=_TOKEN_TILE)
+    return dense.multiply(x, packed, None, dtype, _dense_tactic(x.dtype), is_gated=True)
+
+
+def _dense_tactic(dtype: torch.dtype) -> Tactic:
+    """Float32 takes twice the shared memory."""
+    return Tactic("tiles", 64, 64, 64 if dtype == torch.float32 else 128, num_stages=3, num_warps=4)
 
 
 def weight_only_quant_matmul(

@@ -16,8 +16,11 @@ from pathlib import Path
 import torch
 import triton
 import triton.language as tl
+from triton.errors import TritonError
 
 logger = logging.getLogger(__name__)
+
+__all__ = ["TritonError", "keep_compiled_in", "run_first_kernel"]
 
 _VARIABLE = "TRITON_CACHE_DIR"
 

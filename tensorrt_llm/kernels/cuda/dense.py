@@ -3,8 +3,8 @@
     x [tokens, k], W [n, k] -> [tokens, n];  rows of F and of G take turns in one weight (epilogue.py)
 
 Both kernels are bound by the reading of the weight. One token: rows are streamed through float32 FMAs, the first of
-them while the kernel before still runs (overlap.py). Up to MOST_TOKENS: tensor cores, with the weight as the left
-operand, whose side of a tile has 64 rows, so that few tokens are little padding.
+them while the kernel before still runs (overlap.py). A few: tensor cores, with the weight as the left operand, whose
+side of a tile has 64 rows or so, so that few tokens are little padding. Which, and in which tiles: kernels/tactics.
 Sums are in float32 and in a fixed order: a row of x has the same bits in any batch that is multiplied the same way.
 """
 
@@ -16,11 +16,10 @@ import triton
 import triton.language as tl
 
 from ...dtype import torch_dtype
+from ..tactics import LIBRARY, Tactic, Tactics
 from .epilogue import store_outputs, tile_rows
 from .kv_pool import dot_dtype
 from .overlap import overlapping, start_next, wait_for_previous
-
-ROW_TILE = 64  # of the tensor cores' kernel: the least that Hopper's wgmma takes
 
 
 @triton.jit
@@ -81,77 +80,41 @@ def _multiply_tiles(
     )
 
 
-def takes(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether `multiply` is the best there is for these operands; else cuBLAS is."""
-    tokens = x.shape[0]
+def choose(tactics: Tactics, op: str, x: torch.Tensor, weight: torch.Tensor) -> Tactic:
+    """How `op` is computed with these operands; cuBLAS takes those that `multiply` cannot."""
     if x.dtype != weight.dtype or not weight.is_contiguous():
-        return False
-    return tokens == 1 or (tokens <= MOST_TOKENS and x.dtype != torch.float32)
-
-
-# At 64 tokens cuBLAS is ahead by 7 to 20 %, at 32 behind by 2 to 12 % (H200, the shapes of a 7B model).
-MOST_TOKENS = 32
+        return LIBRARY
+    tokens, depth = x.shape
+    return tactics.choose(op, weight.shape[0], depth, x.dtype, 0, 1, False, tokens)
 
 
 def multiply(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: str, *, is_gated: bool
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: str, tactic: Tactic, *, is_gated: bool
 ) -> torch.Tensor:
-    """x weight^T + bias, or the gated product, in `dtype`; x and weight are what `takes` agrees to.
+    """x weight^T + bias, or the gated product, in `dtype`, by a stream (of one token) or in tiles.
 
-    No kernel of the step may have written the weight: it is read before the kernels in front are done.
+    No kernel of the step may have written the weight: a stream reads it before the kernels in front are done. In tiles,
+    a row's bits depend on the tactic, not on how many tokens there are.
     """
-    tokens = x.shape[0]
-    if tokens == 1:
-        return _stream(x, weight, bias, dtype, is_gated=is_gated)
-    return multiply_in_tiles(
-        x, weight, bias, dtype, is_gated=is_gated, token_tile=max(16, triton.next_power_of_2(tokens))
-    )
-
-
-def _stream(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: str, *, is_gated: bool
-) -> torch.Tensor:
-    depth, num_rows = x.shape[1], weight.shape[0]
-    out = _empty_output(x, weight, dtype, is_gated)
-    # Whole rows at once where they fit into registers: 64 bytes a lane are then in flight for each two rows. H200, of
-    # 4.6 TB/s: 12288 x 4096 4.1, 4096 x 4096 3.8, 22016 x 4096 4.3, 151936 x 4096 4.6, 4096 x 11008 4.2 TB/s.
-    is_short = depth * x.element_size() <= 8192
-    row_tile, num_warps = (8, 8) if is_short else (4, 4)
-    depth_tile = triton.next_power_of_2(depth) if is_short else 4096 // x.element_size()
-    _stream_rows[(triton.cdiv(num_rows, row_tile),)](
-        x, weight, bias, out, num_rows, DEPTH=depth, ROW_TILE=row_tile, DEPTH_TILE=depth_tile,
-        HAS_BIAS=bias is not None, IS_GATED=is_gated, num_warps=num_warps, **overlapping(x.device),
-    )  # fmt: skip
-    return out
-
-
-def multiply_in_tiles(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    dtype: str,
-    *,
-    is_gated: bool,
-    token_tile: int,
-) -> torch.Tensor:
-    """`multiply` for any number of tokens: a row's bits depend on `token_tile`, not on how many there are."""
+    assert x.is_contiguous() and weight.is_contiguous(), "dense matmul: rows must be contiguous"
     (tokens, depth), num_rows = x.shape, weight.shape[0]
-    out = _empty_output(x, weight, dtype, is_gated)
+    width = num_rows // 2 if is_gated else num_rows
+    out = torch.empty((tokens, width), dtype=torch_dtype(dtype), device=x.device)
     if tokens == 0:
         return out
-    # Where rows make fewer tiles than there are SMs, each program must have more under way. Float32 takes twice the
-    # shared memory.
-    num_stages = 3 if num_rows >= 132 * ROW_TILE or token_tile > 32 else 5
+    row_tile, token_tile = tactic.row_tile, tactic.token_tile
+    flags = dict(HAS_BIAS=bias is not None, IS_GATED=is_gated)
+    if tactic.way == "stream":
+        assert tokens == 1, f"dense matmul: a stream of {tokens} tokens"
+        _stream_rows[(triton.cdiv(num_rows, row_tile),)](
+            x, weight, bias, out, num_rows, DEPTH=depth, ROW_TILE=row_tile, DEPTH_TILE=tactic.depth_tile, **flags,
+            num_warps=tactic.num_warps, **overlapping(x.device),
+        )  # fmt: skip
+        return out
     # Token tiles come first in the grid, so programs that run together share rows of the weight.
-    _multiply_tiles[(triton.cdiv(tokens, token_tile), triton.cdiv(num_rows, ROW_TILE))](
-        x, weight, bias, out, tokens, num_rows, DEPTH=depth, TOKEN_TILE=token_tile, ROW_TILE=ROW_TILE,
-        DEPTH_TILE=64 if x.dtype == torch.float32 else 128, NUM_STAGES=num_stages, DOT_DTYPE=dot_dtype(x.dtype),
-        HAS_BIAS=bias is not None, IS_GATED=is_gated, num_warps=4, **overlapping(x.device, is_early=token_tile == 32),
+    _multiply_tiles[(triton.cdiv(tokens, token_tile), triton.cdiv(num_rows, row_tile))](
+        x, weight, bias, out, tokens, num_rows, DEPTH=depth, TOKEN_TILE=token_tile, ROW_TILE=row_tile,
+        DEPTH_TILE=tactic.depth_tile, NUM_STAGES=tactic.num_stages, DOT_DTYPE=dot_dtype(x.dtype), **flags,
+        num_warps=tactic.num_warps, **overlapping(x.device, is_early=token_tile == 32),
     )  # fmt: skip
     return out
-
-
-def _empty_output(x: torch.Tensor, weight: torch.Tensor, dtype: str, is_gated: bool) -> torch.Tensor:
-    assert x.is_contiguous() and weight.is_contiguous(), "dense matmul: rows must be contiguous"
-    width = weight.shape[0] // 2 if is_gated else weight.shape[0]
-    return torch.empty((x.shape[0], width), dtype=torch_dtype(dtype), device=x.device)

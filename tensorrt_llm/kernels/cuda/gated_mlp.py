@@ -9,12 +9,15 @@ the engine file keeps fc and gate apart.
 # mypy: allow-untyped-defs
 # The arguments of a kernel are Triton's values, for which Python has no types.
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 
 from ...dtype import torch_dtype
+from ..tactics import Tactics
 from . import dense
 from .epilogue import interleaved
 from .overlap import overlapping, start_next, wait_for_previous
@@ -55,8 +58,12 @@ def silu_mul(x: torch.Tensor, *, dtype: str) -> torch.Tensor:
     return out
 
 
-def gated_mlp(x: torch.Tensor, packed: torch.Tensor, *, dtype: str) -> torch.Tensor:
+def gated_mlp_by(tactics: Tactics, x: torch.Tensor, packed: torch.Tensor, *, dtype: str) -> torch.Tensor:
     """silu(x fc^T) * (x gate^T) in `dtype`, with the weight of `prepare_gated_mlp`."""
-    if dense.takes(x, packed):
-        return dense.multiply(x, packed, None, dtype, is_gated=True)
-    return silu_mul(F.linear(x, packed), dtype=dtype)
+    tactic = dense.choose(tactics, "gated_mlp", x, packed)
+    if tactic.way == "library":
+        return silu_mul(F.linear(x, packed), dtype=dtype)
+    return dense.multiply(x, packed, None, dtype, tactic, is_gated=True)
+
+
+gated_mlp = partial(gated_mlp_by, Tactics())

@@ -8,22 +8,29 @@ them.
 """
 
 import logging
-from functools import cache
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
 
 from ...dtype import torch_dtype
+from ..tactics import Tactics
 from . import dense
 
 logger = logging.getLogger(__name__)
 
 
-def matmul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, dtype: str) -> torch.Tensor:
+def matmul_by(
+    tactics: Tactics, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, dtype: str
+) -> torch.Tensor:
     """x weight^T + bias in `dtype`; float32 results of 16-bit inputs come straight from the float32 accumulator."""
-    if dense.takes(x, weight):
-        return dense.multiply(x, weight, bias, dtype, is_gated=False)
-    return library_matmul(x, weight, bias, dtype=dtype)
+    tactic = dense.choose(tactics, "matmul", x, weight)
+    if tactic.way == "library":
+        return library_matmul(x, weight, bias, dtype=dtype)
+    return dense.multiply(x, weight, bias, dtype, tactic, is_gated=False)
+
+
+matmul = partial(matmul_by, Tactics())
 
 
 def library_matmul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, dtype: str) -> torch.Tensor:

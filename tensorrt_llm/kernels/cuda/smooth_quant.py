@@ -12,11 +12,14 @@ a result depends on nothing but its row of x and of the weight; scales, bias and
 # mypy: allow-untyped-defs
 # The arguments of a kernel are Triton's values, for which Python has no types.
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 
 from ...dtype import torch_dtype
+from ..tactics import Tactic, Tactics
 from .epilogue import interleaved, store_outputs, tile_rows
 from .int8_rows import quantize_rows, round_to_int8
 from .integer_planes import HAS_PTX
@@ -153,7 +156,8 @@ def _launch_quantize(
     return q
 
 
-def smooth_quant_gemm(
+def smooth_quant_gemm_by(
+    tactics: Tactics,
     x: torch.Tensor,
     x_scale: torch.Tensor,
     weight: torch.Tensor,
@@ -163,7 +167,8 @@ def smooth_quant_gemm(
     dtype: str,
 ) -> torch.Tensor:
     """int8 x [T, k] times the transpose of int8 weight [n, k], scaled, in `dtype`."""
-    return _launch_matmul(x, x_scale, weight, weight_scale, bias, dtype, is_gated=False)
+    tactic = _choose(tactics, "smooth_quant_gemm", x, weight)
+    return _launch_matmul(x, x_scale, weight, weight_scale, bias, dtype, tactic, is_gated=False)
 
 
 def prepare_smooth_quant_gated_mlp(*weights: torch.Tensor, dtype: str) -> tuple[torch.Tensor, ...]:
@@ -172,11 +177,27 @@ def prepare_smooth_quant_gated_mlp(*weights: torch.Tensor, dtype: str) -> tuple[
     return (*x_scale, interleaved(fc, gate), interleaved(fc_scale, gate_scale))
 
 
-def smooth_quant_gated_mlp(
-    x: torch.Tensor, x_scale: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, *, dtype: str
+def smooth_quant_gated_mlp_by(
+    tactics: Tactics,
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    *,
+    dtype: str,
 ) -> torch.Tensor:
     """silu(x fc^T) * (x gate^T) in `dtype`, with the weights of `prepare_smooth_quant_gated_mlp`."""
-    return _launch_matmul(x, x_scale, weight, weight_scale, None, dtype, is_gated=True)
+    tactic = _choose(tactics, "smooth_quant_gated_mlp", x, weight)
+    return _launch_matmul(x, x_scale, weight, weight_scale, None, dtype, tactic, is_gated=True)
+
+
+smooth_quant_gemm = partial(smooth_quant_gemm_by, Tactics())
+smooth_quant_gated_mlp = partial(smooth_quant_gated_mlp_by, Tactics())
+
+
+def _choose(tactics: Tactics, op: str, x: torch.Tensor, weight: torch.Tensor) -> Tactic:
+    tokens, depth = x.shape
+    return tactics.choose(op, weight.shape[0], depth, x.dtype, 8, 1, False, tokens)
 
 
 def _launch_matmul(
@@ -186,6 +207,7 @@ def _launch_matmul(
     weight_scale: torch.Tensor,
     bias: torch.Tensor | None,
     dtype: str,
+    tactic: Tactic,
     *,
     is_gated: bool,
 ) -> torch.Tensor:
@@ -197,25 +219,19 @@ def _launch_matmul(
     if tokens == 0:
         return out
     flags = dict(HAS_BIAS=bias is not None, IS_GATED=is_gated)
-    if tokens == 1 and depth % 4 == 0:
-        words = depth // 4
-        word_tile = min(512, max(triton.next_power_of_2(words), 128))
-        _stream_rows[(triton.cdiv(num_rows, 4),)](
-            x.view(torch.int32), x_scale, weight.view(torch.int32), weight_scale, bias, out, num_rows, WORDS=words,
-            ROW_TILE=4, WORD_TILE=word_tile, **flags, num_warps=word_tile // 128, **overlapping(x.device),
+    token_tile, row_tile = tactic.token_tile, tactic.row_tile
+    if tactic.way == "stream":
+        assert tokens == 1, f"smooth_quant: a stream of {tokens} tokens"
+        _stream_rows[(triton.cdiv(num_rows, row_tile),)](
+            x.view(torch.int32), x_scale, weight.view(torch.int32), weight_scale, bias, out, num_rows,
+            WORDS=depth // 4, ROW_TILE=row_tile, WORD_TILE=tactic.depth_tile // 4, **flags,
+            num_warps=tactic.num_warps, **overlapping(x.device),
         )  # fmt: skip
         return out
-    if tokens > 64 and triton.cdiv(tokens, 128) * triton.cdiv(num_rows, 128) >= 128:
-        # Three stages let two programs share an SM: 1.4 times as fast as four at 2048 tokens (H200).
-        token_tile, row_tile, depth_tile, num_stages, num_warps = 128, 128, 128, 3, 8
-    else:
-        # Bound by memory: with fewer tiles than SMs each must have more under way (H200, the shapes of a 7B model).
-        token_tile, row_tile, depth_tile, num_warps = min(max(16, triton.next_power_of_2(tokens)), 64), 64, 256, 4
-        num_stages = 3 if triton.cdiv(num_rows, row_tile) >= 128 else 4
     # Token tiles come first in the grid, so programs that run together share rows of the weight.
     _multiply_tiles[(triton.cdiv(tokens, token_tile), triton.cdiv(num_rows, row_tile))](
         x, x_scale, weight, weight_scale, bias, out, tokens, num_rows, depth, 1 if x_scale.ndim == 2 else 0,
-        TOKEN_TILE=token_tile, ROW_TILE=row_tile, DEPTH_TILE=depth_tile, NUM_STAGES=num_stages, **flags,
-        num_warps=num_warps, **overlapping(x.device, is_early=tokens <= 64),
+        TOKEN_TILE=token_tile, ROW_TILE=row_tile, DEPTH_TILE=tactic.depth_tile, NUM_STAGES=tactic.num_stages, **flags,
+        num_warps=tactic.num_warps, **overlapping(x.device, is_early=tokens <= 64),
     )  # fmt: skip
     return out

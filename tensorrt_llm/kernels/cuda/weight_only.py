@@ -10,11 +10,11 @@ so lanes that take neighbouring words find neighbouring x for each of the PLANES
 shape of the words. A plane lies in one group: PLANE is 64, or less where groups need it. k is padded to whole blocks.
 Scales and zeros are [groups, n]. Rows of fc and gate take turns (epilogue.py).
 
-Three ways to multiply, by the number of tokens: rows of weight streamed through float32 FMAs, where a trick that saves
-conversions leaves 16 bits of a product (`_times_integers`); tensor cores on the integers, which float16 and bfloat16
-both hold exactly, with the scale put on the float32 sum of a group; and, where the weight is read often enough to pay,
-and always in float32, cuBLAS on a weight widened in memory. Only that third one rounds the weight, to x's dtype: to 11
-bits in float16, 8 in bfloat16, as x itself was rounded when it came to be.
+Three ways to multiply, chosen by the number of tokens (kernels/tactics): rows of weight streamed through float32 FMAs,
+where a trick that saves conversions leaves 16 bits of a product (`_times_integers`); tensor cores on integers, which
+float16 and bfloat16 both hold exactly, with the scale put on the float32 sum of a group; and, where the weight is read
+often enough to pay, and always in float32, cuBLAS on a weight widened in memory. Only that third one rounds the weight,
+to x's dtype: to 11 bits in float16, 8 in bfloat16, as x itself was rounded when it came to be.
 A row of x has the same bits in any batch that is multiplied the same way.
 """
 
@@ -23,7 +23,7 @@ A row of x has the same bits in any batch that is multiplied the same way.
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,8 @@ import triton.language as tl
 from ...dtype import dtype_name, torch_dtype
 from ...quantization.quantize import integers_of
 from ..quantized_reference import split_optional
+from ..tactics import Tactic, Tactics
+from ..tactics.weight_only import plane_size
 from .epilogue import interleaved, store_outputs, tile_rows
 from .integer_planes import HAS_PTX, integer_plane
 from .kv_pool import dot_dtype
@@ -313,7 +315,7 @@ def _pack(weight: torch.Tensor, num_groups: int, bits: int) -> torch.Tensor:
             f"weight-only matmul: groups of {depth // num_groups} columns; the CUDA kernels take multiples of 16, "
             f"or one group for a whole row"
         )
-    plane, planes = _plane_size(depth, num_groups), 16 // bits
+    plane, planes = plane_size(depth, num_groups), 16 // bits
     unsigned = (integers ^ -128 if bits == 8 else integers + 8).view(torch.uint8)
     by_plane = F.pad(unsigned, (0, -depth % (planes * plane))).view(rows, -1, planes, plane)
     octets = by_plane if bits == 8 else by_plane[:, :, 0::2] | by_plane[:, :, 1::2] << 4
@@ -321,12 +323,8 @@ def _pack(weight: torch.Tensor, num_groups: int, bits: int) -> torch.Tensor:
     return octets.transpose(2, 3).contiguous().view(torch.int16).view(rows, -1)
 
 
-def _plane_size(depth: int, num_groups: int) -> int:
-    """PLANE: 64 integers, or the largest of 32 and 16 that divides a group."""
-    return 64 if num_groups == 1 else math.gcd(64, depth // num_groups)
-
-
-def weight_only_quant_matmul(
+def weight_only_quant_matmul_by(
+    tactics: Tactics,
     x: torch.Tensor,
     words: torch.Tensor,
     scale: torch.Tensor,
@@ -338,10 +336,12 @@ def weight_only_quant_matmul(
     dtype: str,
 ) -> torch.Tensor:
     """x [T, k] times the weight of `prepare_weight_only_quant_matmul`, plus bias, in `dtype`."""
-    return _multiply(x, _Weight(words, scale, zero, bits, x.shape[1]), bias, dtype, is_gated=False)
+    weight = _Weight(words, scale, zero, bits, x.shape[1])
+    return _multiply(x, weight, bias, dtype, _choose(tactics, "weight_only_quant_matmul", x, weight), is_gated=False)
 
 
-def weight_only_gated_mlp(
+def weight_only_gated_mlp_by(
+    tactics: Tactics,
     x: torch.Tensor,
     words: torch.Tensor,
     scale: torch.Tensor,
@@ -352,7 +352,12 @@ def weight_only_gated_mlp(
     dtype: str,
 ) -> torch.Tensor:
     """silu(x fc^T) * (x gate^T) in `dtype`, with the weight of `prepare_weight_only_gated_mlp`."""
-    return _multiply(x, _Weight(words, scale, zero, bits, x.shape[1]), None, dtype, is_gated=True)
+    weight = _Weight(words, scale, zero, bits, x.shape[1])
+    return _multiply(x, weight, None, dtype, _choose(tactics, "weight_only_gated_mlp", x, weight), is_gated=True)
+
+
+weight_only_quant_matmul = partial(weight_only_quant_matmul_by, Tactics())
+weight_only_gated_mlp = partial(weight_only_gated_mlp_by, Tactics())
 
 
 def multiply_in_tiles(
@@ -367,9 +372,9 @@ def multiply_in_tiles(
     is_gated: bool,
 ) -> torch.Tensor:
     """Either op for any number of tokens, in the same tiles: a row's bits do not depend on how many there are."""
-    # One program is less than any number of tiles, so no row is divided. Float32 takes twice the shared memory.
-    tiling = _Tiling(64, 64, 2 if x.dtype == torch.float32 else 3, 4, wanted_programs=1, is_early=False)
-    return _launch_tiles(x, _Weight(words, scale, zero, bits, x.shape[1]), bias, dtype, is_gated, tiling)
+    # No row is divided. Float32 takes twice the shared memory.
+    tactic = Tactic("tiles", 64, 64, 0, num_stages=2 if x.dtype == torch.float32 else 3, num_warps=4, num_splits=1)
+    return _multiply(x, _Weight(words, scale, zero, bits, x.shape[1]), bias, dtype, tactic, is_gated=is_gated)
 
 
 @dataclass(frozen=True)
@@ -392,7 +397,12 @@ class _Weight:
 
     @property
     def plane(self) -> int:
-        return _plane_size(self.depth, self.num_groups)
+        return plane_size(self.depth, self.num_groups)
+
+    @property
+    def block(self) -> int:
+        """Columns of a block."""
+        return 16 // self.bits * self.plane
 
     @property
     def num_blocks(self) -> int:
@@ -409,19 +419,21 @@ class _Weight:
         )
 
 
+def _choose(tactics: Tactics, op: str, x: torch.Tensor, weight: _Weight) -> Tactic:
+    tokens, depth = x.shape
+    num_groups, rows = weight.scale.shape
+    return tactics.choose(op, rows, depth, x.dtype, weight.bits, num_groups, weight.zero is not None, tokens)
+
+
 def _multiply(
-    x: torch.Tensor, weight: _Weight, bias: torch.Tensor | None, dtype: str, *, is_gated: bool
+    x: torch.Tensor, weight: _Weight, bias: torch.Tensor | None, dtype: str, tactic: Tactic, *, is_gated: bool
 ) -> torch.Tensor:
-    """Choose one of the three ways, by times on an H200 at the shapes of a 7B model (tools/gpu_check.py)."""
-    tokens = x.shape[0]
     assert x.is_contiguous() and weight.words.is_contiguous(), "weight-only matmul: rows must be contiguous"
-    # Unpacking a weight for each 64 tokens costs what widening it once does at about 256. Float32 is for exactness, and
-    # has no tensor cores: cuBLAS does all of it.
-    if tokens > 256 or x.dtype == torch.float32:
+    if tactic.way == "widened":
         return _multiply_widened(x, weight, bias, dtype, is_gated)
-    if tokens == 1 and weight.depth % 2 == 0:
-        return _launch_stream(x, weight, bias, dtype, is_gated)
-    return _launch_tiles(x, weight, bias, dtype, is_gated, _tiling(tokens, weight.bits))
+    if tactic.way == "stream":
+        return _launch_stream(x, weight, bias, dtype, is_gated, tactic)
+    return _launch_tiles(x, weight, bias, dtype, is_gated, tactic)
 
 
 def _empty_output(tokens: int, weight: _Weight, dtype: str, is_gated: bool, device: torch.device) -> torch.Tensor:
@@ -430,75 +442,46 @@ def _empty_output(tokens: int, weight: _Weight, dtype: str, is_gated: bool, devi
 
 
 def _launch_stream(
-    x: torch.Tensor, weight: _Weight, bias: torch.Tensor | None, dtype: str, is_gated: bool
+    x: torch.Tensor, weight: _Weight, bias: torch.Tensor | None, dtype: str, is_gated: bool, tactic: Tactic
 ) -> torch.Tensor:
+    assert x.shape[0] == 1, f"weight-only matmul: a stream of {x.shape[0]} tokens"
     out = _empty_output(1, weight, dtype, is_gated, x.device)
-    # Pieces of rows that keep most loads in flight, by times on an H200 at the shapes of a 7B model: perf_notes.md.
-    piece_bytes = 256 * weight.bits
-    row_tile = 8 if weight.depth * weight.bits <= 16384 else 4
-    block_tile = min(piece_bytes // (2 * weight.plane), triton.next_power_of_2(weight.num_blocks))
+    row_tile = tactic.row_tile
     _stream_rows[(triton.cdiv(weight.num_rows, row_tile),)](
         x.view(torch.int32), weight.words.view(torch.int32), weight.scale,
         weight.zero, bias, out, weight.num_rows, weight.num_groups, _ONE,
-        DEPTH=weight.depth, NUM_BLOCKS=weight.num_blocks, ROW_TILE=row_tile, BLOCK_TILE=block_tile,
+        DEPTH=weight.depth, NUM_BLOCKS=weight.num_blocks, ROW_TILE=row_tile,
+        BLOCK_TILE=tactic.depth_tile // weight.block,
         X_DTYPE=tl.float16 if x.dtype == torch.float16 else tl.bfloat16,
         PLANES_PER_SCALE=_planes_per_scale(weight), **weight.layout, HAS_BIAS=bias is not None, IS_GATED=is_gated,
-        num_warps=max(1, block_tile * weight.plane // 256), **overlapping(x.device),
+        num_warps=tactic.num_warps, **overlapping(x.device),
     )  # fmt: skip
     return out
 
 
-class _Tiling(NamedTuple):
-    """How a matmul is cut into programs."""
-
-    token_tile: int
-    row_tile: int
-    num_stages: int
-    num_warps: int
-    wanted_programs: int
-    is_early: bool  # overlap.py says when that pays
-
-
-def _tiling(tokens: int, bits: int) -> _Tiling:
-    """By times of the shapes of a 7B model.
-
-    Ten layers take 2 to 6 % less time with 264 programs at least than with 528, but for int8 at 8 tokens (H100).
-    """
-    if tokens <= 8:
-        # Tiles of 32 rows are too few for wgmma, so that a dot does not wait for the one before.
-        return _Tiling(8, 32, 5, 2, wanted_programs=264 if bits == 4 else 528, is_early=bits == 4)
-    token_tile = min(triton.next_power_of_2(tokens), 64)
-    num_stages = 3 if bits == 4 or token_tile > 32 else 5
-    return _Tiling(token_tile, 64, num_stages, 4, wanted_programs=264, is_early=token_tile == 32 or bits == 8)
-
-
 def _launch_tiles(
-    x: torch.Tensor, weight: _Weight, bias: torch.Tensor | None, dtype: str, is_gated: bool, tiling: _Tiling
+    x: torch.Tensor, weight: _Weight, bias: torch.Tensor | None, dtype: str, is_gated: bool, tactic: Tactic
 ) -> torch.Tensor:
     tokens, depth = x.shape
     out = _empty_output(tokens, weight, dtype, is_gated, x.device)
     if tokens == 0:
         return out
-    token_tile, row_tile = tiling.token_tile, tiling.row_tile
-    tiles = triton.cdiv(tokens, token_tile) * triton.cdiv(weight.num_rows, row_tile)
-    # Where rows are too few for the programs that are wanted, each is divided into pieces of four blocks or more.
-    num_splits = max(1, min(tiling.wanted_programs // tiles, weight.num_blocks // 4))
-    blocks_per_split = triton.cdiv(weight.num_blocks, num_splits)
-    num_splits = triton.cdiv(weight.num_blocks, blocks_per_split)
-    partial = out
+    token_tile, row_tile, num_splits = tactic.token_tile, tactic.row_tile, tactic.num_splits
+    partial_sums = out
     if num_splits > 1:
-        partial = torch.empty((num_splits, tokens, weight.num_rows), dtype=torch.float32, device=x.device)
+        partial_sums = torch.empty((num_splits, tokens, weight.num_rows), dtype=torch.float32, device=x.device)
     # Token tiles come first in the grid, so programs that run together share rows of the weight.
     _multiply_tiles[(triton.cdiv(tokens, token_tile), triton.cdiv(weight.num_rows, row_tile), num_splits)](
-        x, weight.words, weight.scale, weight.zero, bias, out, partial,
-        tokens, weight.num_rows, depth, weight.num_blocks, weight.num_groups, blocks_per_split,
-        TOKEN_TILE=token_tile, ROW_TILE=row_tile, NUM_STAGES=tiling.num_stages, DOT_DTYPE=dot_dtype(x.dtype),
+        x, weight.words, weight.scale, weight.zero, bias, out, partial_sums,
+        tokens, weight.num_rows, depth, weight.num_blocks, weight.num_groups,
+        triton.cdiv(weight.num_blocks, num_splits),
+        TOKEN_TILE=token_tile, ROW_TILE=row_tile, NUM_STAGES=tactic.num_stages, DOT_DTYPE=dot_dtype(x.dtype),
         PLANES_PER_SCALE=_planes_per_scale(weight), **weight.layout, HAS_BIAS=bias is not None, IS_GATED=is_gated,
-        IS_WHOLE=depth % (16 // weight.bits * weight.plane) == 0, IS_SPLIT=num_splits > 1,
-        num_warps=tiling.num_warps, **overlapping(x.device, tiling.is_early),
+        IS_WHOLE=depth % weight.block == 0, IS_SPLIT=num_splits > 1, num_warps=tactic.num_warps,
+        **overlapping(x.device, is_early=tokens <= 64 and (weight.bits == 4 or tokens > 8)),
     )  # fmt: skip
     if num_splits > 1:
-        _launch_add_splits(partial, bias, out, is_gated)
+        _launch_add_splits(partial_sums, bias, out, is_gated)
     return out
 
 

@@ -1,0 +1,51 @@
+"""Tactics of matmuls of int8 by int8: kernels/cuda/smooth_quant.py has the kernels.
+
+stream   row_tile rows of the weight a program, depth_tile columns at a time; one token, of whole words of four values
+tiles    tensor cores on tiles of token_tile x row_tile, depth_tile columns at a time; any number of tokens
+"""
+
+from .tactic import MatmulShape, Tactic, next_power_of_2
+
+
+def heuristic(shape: MatmulShape, tokens: int) -> Tactic:
+    if tokens == 1 and shape.depth % 4 == 0:
+        return _stream(shape, 4, 512)
+    if tokens > 64 and -(-tokens // 128) * -(-shape.rows // 128) >= 128:
+        # Three stages let two programs share an SM: 1.4 times as fast as four at 2048 tokens (H200).
+        return Tactic("tiles", 128, 128, 128, 3, 8)
+    # Bound by memory: with fewer tiles than SMs each must have more under way (H200, the shapes of a 7B model).
+    return Tactic("tiles", _token_tile(tokens, 64), 64, 256, 3 if -(-shape.rows // 64) >= 128 else 4, 4)
+
+
+def _stream(shape: MatmulShape, row_tile: int, words: int) -> Tactic:
+    """Four words of a row a lane."""
+    word_tile = min(words, max(next_power_of_2(shape.depth // 4), 128))
+    return Tactic("stream", row_tile=row_tile, depth_tile=4 * word_tile, num_warps=word_tile // 128)
+
+
+def _token_tile(tokens: int, most: int) -> int:
+    return min(max(16, next_power_of_2(tokens)), most)
+
+
+# Rows, columns, stages, warps.
+_TILES_OF_FEW = ((32, 256, 4, 2), (64, 128, 5, 4), (64, 256, 3, 4), (64, 256, 4, 4), (64, 512, 3, 4), (128, 128, 4, 4))
+_TILES_OF_MANY = (
+    (64, 128, 4, 4),
+    (64, 256, 3, 4),
+    (128, 128, 3, 4),
+    (128, 128, 3, 8),
+    (128, 128, 4, 8),
+    (256, 128, 3, 8),
+)
+
+
+def candidates(shape: MatmulShape, tokens: int) -> list[Tactic]:
+    """What is worth a timing, the heuristic's choice first."""
+    found = [heuristic(shape, tokens)]
+    if tokens == 1 and shape.depth % 4 == 0:
+        found += [_stream(shape, rows, words) for rows in (2, 4, 8) for words in (256, 512, 1024)]
+    elif tokens <= 64:
+        found += [Tactic("tiles", _token_tile(tokens, 64), *numbers) for numbers in _TILES_OF_FEW]
+    else:
+        found += [Tactic("tiles", 128, *numbers) for numbers in _TILES_OF_MANY]
+    return list(dict.fromkeys(found))

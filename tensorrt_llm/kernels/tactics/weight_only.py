@@ -1,0 +1,112 @@
+"""Tactics of matmuls with a weight of 8 or 4 bits: kernels/cuda/weight_only.py has the kernels and the layout.
+
+stream   row_tile rows of the weight a program, depth_tile columns at a time; one token, of an even number of values
+tiles    tensor cores on tiles of token_tile x row_tile, a block of the layout at a time, whose depth may be divided
+         among num_splits programs; any number of tokens
+widened  the weight widened to x's dtype, then cuBLAS; the only way for float32
+"""
+
+import math
+
+import torch
+
+from .tactic import MatmulShape, Tactic, next_power_of_2
+
+WIDENED = Tactic("widened")
+# Unpacking a weight for each 64 tokens costs what widening it once does at about 256.
+_MOST_TOKENS_UNPACKED = 256
+# Beyond this tiles are not worth a timing, below that widening is not.
+_MOST_TOKENS_TIMED, _LEAST_TOKENS_WIDENED = 512, 32
+
+
+def plane_size(depth: int, num_groups: int) -> int:
+    """PLANE of the layout: 64 integers, or the largest of 32 and 16 that divides a group."""
+    return 64 if num_groups == 1 else math.gcd(64, depth // num_groups)
+
+
+def block_size(shape: MatmulShape) -> int:
+    """Columns of a block of the layout."""
+    return 16 // shape.bits * plane_size(shape.depth, shape.num_groups)
+
+
+def heuristic(shape: MatmulShape, tokens: int) -> Tactic:
+    """By times at the shapes of a 7B model.
+
+    Ten layers take 2 to 6 % less time with 264 programs at least than with 528, but for int8 at 8 tokens (H100).
+    """
+    if tokens > _MOST_TOKENS_UNPACKED or shape.dtype == torch.float32:
+        return WIDENED
+    if tokens == 1 and shape.depth % 2 == 0:
+        return _stream(shape, 8 if shape.depth * shape.bits <= 16384 else 4, 1)
+    if tokens <= 8:
+        # Tiles of 32 rows are too few for wgmma, so that a dot does not wait for the one before.
+        return _tiles(shape, tokens, 8, 32, 5, 2, wanted_programs=264 if shape.bits == 4 else 528)
+    token_tile = min(next_power_of_2(tokens), 64)
+    num_stages = 3 if shape.bits == 4 or token_tile > 32 else 5
+    return _tiles(shape, tokens, token_tile, 64, num_stages, 4, wanted_programs=264)
+
+
+def _stream(shape: MatmulShape, row_tile: int, share: float) -> Tactic:
+    """Pieces of rows that keep most loads in flight (perf_notes.md), times `share`; eight words of a row a lane."""
+    plane, columns = plane_size(shape.depth, shape.num_groups), block_size(shape)
+    block_tile = min(int(128 * share) * shape.bits // plane, next_power_of_2(-(-shape.depth // columns)))
+    return Tactic(
+        "stream", row_tile=row_tile, depth_tile=block_tile * columns, num_warps=max(1, block_tile * plane // 256)
+    )
+
+
+def _tiles(
+    shape: MatmulShape,
+    tokens: int,
+    token_tile: int,
+    row_tile: int,
+    num_stages: int,
+    num_warps: int,
+    wanted_programs: int,
+) -> Tactic:
+    """Where rows are too few for the programs that are wanted, each is divided into pieces of four blocks or more."""
+    tiles = -(-tokens // token_tile) * -(-shape.rows // row_tile)
+    num_blocks = -(-shape.depth // block_size(shape))
+    num_splits = max(1, min(wanted_programs // max(tiles, 1), num_blocks // 4))
+    # What is left when every split has the same number of blocks, but for the last.
+    num_splits = -(-num_blocks // -(-num_blocks // num_splits))
+    return Tactic("tiles", token_tile, row_tile, 0, num_stages, num_warps, num_splits)
+
+
+_MOST_PIECES = 32  # of a program that streams
+# Rows, stages, warps, programs that are wanted.
+_TILES_OF_FEW = ((32, 5, 2, 528), (32, 5, 2, 1056), (32, 4, 4, 528), (64, 4, 4, 528), (64, 4, 4, 264), (32, 6, 2, 264))
+_TILES_OF_MANY = (
+    (64, 3, 4, 528),
+    (64, 5, 4, 528),
+    (64, 4, 4, 264),
+    (32, 4, 2, 528),
+    (128, 3, 8, 264),
+    (128, 3, 4, 264),
+)
+
+
+def candidates(shape: MatmulShape, tokens: int) -> list[Tactic]:
+    """What is worth a timing, the heuristic's choice first."""
+    found = [heuristic(shape, tokens)]
+    if shape.dtype == torch.float32:
+        return found
+    if tokens == 1 and shape.depth % 2 == 0:
+        streams = [_stream(shape, rows, share) for rows in (2, 4, 8) for share in (0.5, 1, 2)]
+        # Pieces of rows are unrolled: more of them compile for seconds, and spill.
+        found += [
+            stream for stream in streams if stream.row_tile * -(-shape.depth // stream.depth_tile) <= _MOST_PIECES
+        ]
+    if tokens <= 8:
+        found += [_tiles(shape, tokens, 8, *numbers) for numbers in _TILES_OF_FEW[: 2 if tokens == 1 else None]]
+    elif tokens <= _MOST_TOKENS_TIMED:
+        token_tile = min(next_power_of_2(tokens), 64)
+        found += [
+            _tiles(shape, tokens, token_tile, rows, stages, warps, programs)
+            for rows, stages, warps, programs in _TILES_OF_MANY
+            # More than 32 sums a lane spill, and tiles of 32 rows, which are too few for wgmma, already do with them.
+            if token_tile * rows // (32 * warps) <= 32 and (rows >= 64 or token_tile <= 32)
+        ]
+    if tokens >= _LEAST_TOKENS_WIDENED:
+        found.append(WIDENED)
+    return list(dict.fromkeys(found))
