@@ -62,14 +62,18 @@ def _cos_sin(turns):
 
 
 @triton.jit
+def rotary_partner(dims, ROTARY_DIM: tl.constexpr):
+    """The dim that each one turns with: i with i + d/2; dims from d on do not turn."""
+    HALF: tl.constexpr = ROTARY_DIM // 2
+    return tl.where(dims < HALF, dims + HALF, tl.where(dims < ROTARY_DIM, dims - HALF, dims))
+
+
+@triton.jit
 def rotation(
     position, context_lengths_ptr, sequence, dims,
     ROTARY_DIM: tl.constexpr, LOG2_BASE: tl.constexpr, NTK_LENGTH: tl.constexpr,
 ):  # fmt: skip
-    """(cosine, sine, partner) of every dim: x cosine + x[partner] sine is x turned.
-
-    Dim i and dim i + d/2 share a frequency, dims from d on do not turn.
-    """
+    """(cosine, sine) of every dim: x cosine + x[rotary_partner] sine is x turned."""
     HALF: tl.constexpr = ROTARY_DIM // 2
     log2_base = tl.full([], LOG2_BASE, tl.float64)
     if NTK_LENGTH > 0:
@@ -81,8 +85,7 @@ def rotation(
     cosine, sine = _cos_sin(position.to(tl.float64) * frequency * 0.15915494309189535)
     cosine = tl.where(dims < ROTARY_DIM, cosine, 1.0)
     sine = tl.where(dims < HALF, -sine, tl.where(dims < ROTARY_DIM, sine, 0.0))
-    partner = tl.where(dims < HALF, dims + HALF, tl.where(dims < ROTARY_DIM, dims - HALF, dims))
-    return cosine, sine, partner
+    return cosine, sine
 
 
 @triton.jit
@@ -115,9 +118,8 @@ def _rope_kv(
         sequence = _sequence_of(token, query_starts_ptr, batch_size, 128)
     position = tl.load(position_ids_ptr + token)
 
-    cosine, sine, partner = rotation(
-        position, context_lengths_ptr, sequence, dims, ROTARY_DIM, LOG2_BASE, NTK_LENGTH
-    )  # fmt: skip
+    cosine, sine = rotation(position, context_lengths_ptr, sequence, dims, ROTARY_DIM, LOG2_BASE, NTK_LENGTH)
+    partner = rotary_partner(dims, ROTARY_DIM)
 
     wait_for_previous(OVERLAP)  # the inputs of a step, read until here, are older than all its kernels
     # [HEAD_TILE, DIM_TILE]
