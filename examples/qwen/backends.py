@@ -86,6 +86,7 @@ class EngineBackend:
     def warm_up(self, prompts: Sequence[list[int]], output_lens: Sequence[int], batch_size: int) -> None:
         """All of it: which graphs are captured follows from every step's batch and longest context."""
         self.serve(prompts, output_lens, batch_size, lambda positions: None)
+        self._session.session.capture_graphs()
 
     def logits(self, ids: list[int]) -> torch.Tensor:
         sampling = SamplingConfig(max_new_tokens=1, gather_context_logits=True, return_dict=True)

@@ -54,6 +54,8 @@ def reference_kernels() -> dict[str, Kernel]:
         "weight_only_gated_mlp": Kernel(quantized_reference.weight_only_gated_mlp),
         "quantize_per_token": Kernel(reference.quantize_per_token),
         "quantize_tensor": Kernel(quantized_reference.quantize_tensor),
+        "rms_norm_quantize": Kernel(quantized_reference.rms_norm_quantize),
+        "add_rms_norm_quantize": Kernel(quantized_reference.add_rms_norm_quantize),
         "smooth_quant_gemm": Kernel(quantized_reference.smooth_quant_gemm),
         "smooth_quant_gated_mlp": Kernel(quantized_reference.smooth_quant_gated_mlp),
         "scale_columns": Kernel(quantized_reference.scale_columns),

@@ -7,7 +7,7 @@ import torch
 
 from ..dtype import torch_dtype
 from ..quantization.quantize import dequantize
-from .reference import compute_dtype
+from .reference import add, compute_dtype, quantize_per_token, rms_norm
 
 Weights = tuple[torch.Tensor, ...]
 
@@ -53,6 +53,21 @@ def _wide_product(
 ) -> torch.Tensor:
     wide = compute_dtype(x)
     return x.to(wide) @ dequantize(weight, scale.to(wide), zero, bits=bits).T
+
+
+def rms_norm_quantize(
+    x: torch.Tensor, weight: torch.Tensor, smoother: torch.Tensor | None = None, *, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """quantize_per_token of a norm that nobody rounds in between: int8 [T, hidden], float32 [T, 1]."""
+    return quantize_per_token(rms_norm(x, weight, eps=eps, dtype="float32"), smoother)
+
+
+def add_rms_norm_quantize(
+    x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, smoother: torch.Tensor | None = None, *, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(x + y in the residual's dtype, rms_norm_quantize of that sum)."""
+    residual = add(x, y)
+    return residual, *rms_norm_quantize(residual, weight, smoother, eps=eps)
 
 
 def quantize_tensor(x: torch.Tensor, scale: torch.Tensor, smoother: torch.Tensor | None = None) -> torch.Tensor:

@@ -5,6 +5,7 @@ import logging
 from ..network import Network
 from .fuse_add_rms_norm import fuse_add_rms_norm
 from .fuse_gated_mlp import fuse_gated_mlp
+from .fuse_norm_quantize import fuse_norm_quantize
 from .simplify import simplify
 
 logger = logging.getLogger(__name__)
@@ -13,6 +14,7 @@ PASSES = (
     simplify,  # dead and repeated nodes go, so that each value has one name
     fuse_gated_mlp,  # silu(x A) * (x B) -> one op that reads x once and rounds once
     fuse_add_rms_norm,  # residual add, then norm -> one op that reads the residual once
+    fuse_norm_quantize,  # norm, then quantization per token -> one op that rounds once
     simplify,  # what the fusions left without a reader
 )
 

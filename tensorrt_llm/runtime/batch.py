@@ -34,23 +34,39 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """The rows of one step, contexts first."""
+    """The rows of one step: contexts first, then decodes, each of which brings one token and gets one."""
 
     rows: tuple[Row, ...]
-
-    @cached_property
-    def num_tokens(self) -> int:
-        return sum(row.length for row in self.rows)
-
-    @cached_property
-    def num_logits(self) -> int:
-        return sum(row.num_logits for row in self.rows)
 
     @cached_property
     def num_contexts(self) -> int:
         return next((index for index, row in enumerate(self.rows) if not row.is_context), len(self.rows))
 
     @cached_property
+    def contexts(self) -> tuple[Row, ...]:
+        return self.rows[: self.num_contexts]
+
+    @cached_property
+    def decodes(self) -> tuple[Row, ...]:
+        return self.rows[self.num_contexts :]
+
+    @cached_property
+    def num_context_tokens(self) -> int:
+        return sum(row.length for row in self.contexts)
+
+    @cached_property
+    def num_tokens(self) -> int:
+        return self.num_context_tokens + len(self.decodes)
+
+    @cached_property
+    def num_logits(self) -> int:
+        return sum(row.num_logits for row in self.contexts) + len(self.decodes)
+
+    @cached_property
+    def requests(self) -> list[Request]:
+        return [row.request for row in self.rows]
+
+    @cached_property
     def receivers(self) -> list[Request]:
         """The requests that get a token from this step, in row order."""
-        return [row.request for row in self.rows if row.gives_token]
+        return [row.request for row in self.contexts if row.gives_token] + self.requests[self.num_contexts :]

@@ -154,14 +154,11 @@ class GenerationSession:
                 request.log_probs.append(log_prob)
         receivers = self._scheduler.accept(step.batch, step.sampled.tokens)
         for request in receivers:
-            reason = self._read_text(request) or request.stop_reason()
+            text = self._texts.get(request.id)
+            reason = FinishReason.STOP_STRING if text and text.push(request) else request.stop_reason()
             if reason:
                 self._finish(request, reason)
         return receivers
-
-    def _read_text(self, request: Request) -> FinishReason | None:
-        text = self._texts.get(request.id)
-        return FinishReason.STOP_STRING if text and text.push(request) else None
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
         text = self._texts.pop(request.id, None)
@@ -363,7 +360,7 @@ def _rows_of_receivers(batch: Batch, logits: torch.Tensor) -> torch.Tensor:
 def _copy_logits(batch: Batch, logits: torch.Tensor) -> list[_KeptLogits]:
     """Logits on the host for the requests that want to have them. Waits for the step if there are any."""
     kept: list[_KeptLogits] = []
-    if not any(row.request.sampling.gathers_logits for row in batch.rows):
+    if not any(request.sampling.gathers_logits for request in batch.requests):
         return kept
     end = 0
     for row in batch.rows:

@@ -14,8 +14,6 @@ from numbers import Integral, Real
 from random import Random
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from ..limits import Limits
 
 
@@ -255,7 +253,8 @@ class Request:
     num_pending: int = 0  # sampled tokens that are not read yet; they follow token_ids
     sampled_row: int = 0  # the newest pending token's row among the tokens that the last launched step samples
     num_cached: int = 0  # tokens whose keys and values are in the cache, or will be when the launched steps are through
-    blocks: list[int] = field(default_factory=list)  # it only grows: other blocks are another list
+    blocks: list[int] = field(default_factory=list)
+    max_blocks: int = 0  # that it may come to hold; known once it is submitted
     # If asked for: of each output token; [chunk, vocab] tensors of the prompt's rows; a [vocab] row per output token.
     log_probs: list[float] = field(default_factory=list, repr=False)
     context_logits: list[Any] = field(default_factory=list, repr=False)
@@ -264,8 +263,6 @@ class Request:
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_ids)
         self.context_length = len(self.prompt_ids)
-        self._block_row = np.zeros(0, dtype=np.int32)
-        self._block_row_of: tuple[list[int], int] = (self.blocks, 0)
 
     @property
     def num_tokens(self) -> int:
@@ -303,15 +300,6 @@ class Request:
     def random(self) -> Random:
         """The sequence's own random numbers, so that its text does not depend on its batch."""
         return Random(self.sampling.random_seed)
-
-    def block_row(self, width: int) -> np.ndarray:
-        """The first `width` blocks as int32, then zeros. Converted when they change, as steps are more frequent."""
-        blocks, count = self._block_row_of
-        if blocks is not self.blocks or count != len(self.blocks) or width > len(self._block_row):
-            self._block_row = np.zeros(max(width, len(self.blocks)), dtype=np.int32)
-            self._block_row[: len(self.blocks)] = self.blocks
-            self._block_row_of = (self.blocks, len(self.blocks))
-        return self._block_row[:width]
 
     def banned_ids(self) -> list[int]:
         """Ids that may not come next. What `needs_newest_token` says must be read."""

@@ -42,6 +42,7 @@ class Scheduler:
     def submit(self, request: Request) -> None:
         """Put a request that fits at the end of the queue."""
         self.check_fits(request)
+        request.max_blocks = self._blocks_at_most(request)
         self.waiting.append(request)
 
     def next_batch(self) -> Batch | None:
@@ -74,14 +75,14 @@ class Scheduler:
         for index, request in enumerate(batch.receivers):
             request.num_pending += 1
             request.sampled_row = index
-        for row in batch.rows:
-            row.request.num_cached += row.length
+        for request, start, length, _ in batch.rows:
+            request.num_cached = start + length
 
     def accept(self, batch: Batch, tokens: list[int]) -> list[Request]:
         """Record the tokens that the launched `batch` gave; return who got one, in order: not who ended meanwhile."""
         receivers = []
         for request, token in zip(batch.receivers, tokens, strict=True):
-            if not request.is_finished:
+            if request.state is State.RUNNING:
                 request.num_pending -= 1
                 request.token_ids.append(token)
                 receivers.append(request)
@@ -145,12 +146,14 @@ class Scheduler:
             return None
         request = self.waiting[0]
         needed = self._blocks_for(len(request.token_ids))
-        growth = [self._blocks_at_most(running) - len(running.blocks) for running in self.running]
+        if needed > self.allocator.num_free:
+            return None
+        growth = [running.max_blocks - len(running.blocks) for running in self.running]
         if self.preempts:
             # One block in reserve for every running sequence that will grow, or the newcomer would soon be preempted.
-            reserved = sum(blocks > 0 for blocks in growth)
+            reserved = len(growth) - growth.count(0)
         else:
-            reserved = sum(growth) + self._blocks_at_most(request) - needed
+            reserved = sum(growth) + request.max_blocks - needed
         if needed + reserved > self.allocator.num_free:
             return None
         self.waiting.popleft()

@@ -15,8 +15,9 @@ from ..dtype import itemsize, torch_dtype
 from ..engine import Engine, EngineConfig
 from ..kernels import compiler_starting, kernels_for, reference_kernels
 from .batch import Batch
+from .cuda_graph import CudaGraphPool
 from .executor import Executor
-from .step_graphs import StepGraphs, bucket_for
+from .step_graphs import StepGraphs, room_for
 from .step_inputs import StepInputs, pack
 from .stored_tactics import stored_tactics
 
@@ -103,7 +104,8 @@ class Session:
         self.runs_ahead = self.device.type == "cuda"
         self._graphs: StepGraphs | None = None
         if self.device.type == "cuda" and use_cuda_graphs and not reference:
-            self._graphs = StepGraphs(self._run_step, self.config.limits, self.device)
+            pool = CudaGraphPool(self.device)
+            self._graphs = StepGraphs(self._run_step, pool.capture, self.config.limits, self.device)
 
     @torch.inference_mode()
     def run(self, batch: Batch, sampled_ids: torch.Tensor | None = None) -> torch.Tensor:
@@ -113,12 +115,18 @@ class Session:
         waited for. It computes what it is given in that order, so whatever reads the logits and is launched before the
         next run reads these.
         """
-        bucket = bucket_for(batch, self.config.limits) if self._graphs else None
-        if self._graphs and bucket:
-            logits = self._graphs.logits(batch, bucket, sampled_ids)
+        room = room_for(batch, self.config.limits) if self._graphs else None
+        if self._graphs and room:
+            logits = self._graphs.logits(batch, room, sampled_ids)
         else:
             logits = self._run_step(pack(batch, self.device, sampled_ids))
         return logits[:, : self.config.vocab_size]
+
+    @torch.inference_mode()
+    def capture_graphs(self) -> None:
+        """Capture what steps so far would have had graphs for, had they come again: for after a warm-up."""
+        if self._graphs:
+            self._graphs.capture_seen()
 
     @torch.inference_mode()
     def run_marked(self, batch: Batch) -> dict[str, torch.Tensor]:

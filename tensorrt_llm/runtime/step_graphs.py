@@ -1,12 +1,17 @@
-"""Steps as CUDA graphs, captured at the first use of their bucket: decodes, and prompts of few tokens.
+"""Steps as graphs, captured when their shape comes: decodes, prompts of few tokens, and both beside each other.
 
 A step launches some hundred kernels. Where they take microseconds each, launching them one by one from Python takes
-longer than they do; a graph launches them as one. A graph computes one shape, so a batch is padded to the next bucket:
+longer than they do; a graph launches them as one. A graph computes one shape, so a batch is padded to the next room:
 
     decodes    batch size from a table, blocks of the longest sequence in powers of _CONTEXT_STEP
     prompts    tokens and sequences from tables; one sequence more, in the scratch block, holds the padding
+    mixed      tokens of prompts from a table, _MIXED_PROMPTS sequences and one of padding for them, then decodes
+               from a coarser table
 
-Whatever changes from step to step lies in one buffer that is filled before each replay. Mixed steps, long prompts and
+    mixed:  | prompt | prompt | empty ... | padding || decode | decode ... | padding, one token each |
+
+Whatever changes from step to step lies in one buffer that is filled before each replay. A step whose graph is not there
+is padded all the same, so what it computes does not depend on which graphs there are. Long prompts, many prompts and
 logits of whole prompts are not for graphs.
 """
 
@@ -17,9 +22,9 @@ from typing import NamedTuple
 
 import torch
 
-from ..kernels import StepShape
 from ..limits import Limits
 from .batch import Batch
+from .cuda_graph import Captured
 from .step_inputs import Room, StepBuffer, StepInputs, to_arrays
 
 logger = logging.getLogger(__name__)
@@ -31,103 +36,140 @@ _CONTEXT_STEP = 4
 # Beyond 128 tokens at most a quarter of a step is padding. A longer prompt keeps the GPU busy while it is launched.
 _PROMPT_TOKENS = (16, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
 _PROMPTS = (1, 2, 4)
-
-
-class Bucket(NamedTuple):
-    """A shape that a graph is captured for: every sequence is a prompt or a piece of one, or every one is a decode."""
-
-    room: Room
-    is_context: bool
-
-    def shape(self, tokens_per_block: int) -> StepShape:
-        """The most that a step of this bucket holds. Kernels size their grids by it; what is not there ends early."""
-        room = self.room
-        return StepShape(
-            num_tokens=room.num_tokens,
-            batch_size=room.num_sequences,
-            num_contexts=room.num_sequences if self.is_context else 0,
-            num_context_tokens=room.num_tokens if self.is_context else 0,
-            max_query_length=room.num_tokens if self.is_context else 1,
-            max_sequence_length=room.max_blocks * tokens_per_block,
-        )
+# Prompts beside decodes come in any combination: coarser steps. 1000 requests of a chat's lengths, 256 at a time, meet
+# 14 to 40 rooms in 300 to 430 such steps, by the cache they have, with 11 % of padding tokens.
+_MIXED_TOKENS = (32, 64, 96, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
+_MIXED_PROMPTS = 8  # an empty one costs a few programs that end at once
+_MIXED_DECODES = (8, 16, 32, *range(64, 257, 32), *range(320, 1025, 64))
+_MOST_MIXED_GRAPHS = 64
 
 
 class _Graph(NamedTuple):
-    graph: torch.cuda.CUDAGraph
     buffer: StepBuffer
-    logits: torch.Tensor
+    captured: Captured
 
 
 class StepGraphs:
-    """Replays `run(inputs) -> logits`; what the graphs allocate they share."""
+    """`run(inputs) -> logits`, replayed where a graph was captured of it.
 
-    def __init__(self, run: Callable[[StepInputs], torch.Tensor], limits: Limits, device: torch.device) -> None:
+    Decodes follow each other in the same room, and after a short prompt somebody waits for the first token: they are
+    captured at once. Mixed steps are captured when their room comes for the second time, as many of them as there is
+    room for; a step that is launched kernel by kernel is slow, and not wrong.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[StepInputs], torch.Tensor],
+        capture: Callable[[Callable[[], torch.Tensor]], Captured],
+        limits: Limits,
+        device: torch.device,
+    ) -> None:
         self._run = run
+        self._capture_function = capture
         self._limits = limits
         self._device = device
-        self._graphs: dict[Bucket, _Graph] = {}
-        self._pool = torch.cuda.graph_pool_handle()
+        self._graphs: dict[Room, _Graph] = {}
+        self._mixed: dict[Room, int] = {}  # how often each mixed room came without a graph
 
-    def logits(self, batch: Batch, bucket: Bucket, sampled_ids: torch.Tensor | None) -> torch.Tensor:
+    def logits(self, batch: Batch, room: Room, sampled_ids: torch.Tensor | None) -> torch.Tensor:
         """What the batch's rows give, until the next call overwrites it."""
-        arrays = to_arrays(batch, bucket.room, self._limits.max_batch_size)
-        graph = self._graphs.get(bucket)
-        buffer = graph.buffer if graph else StepBuffer(arrays, self._limits.max_batch_size, self._device)
-        buffer.fill(arrays, sampled_ids)
-        if graph is None:
-            graph = self._graphs[bucket] = self._capture(bucket, buffer)
-        graph.graph.replay()
-        return graph.logits[: batch.num_logits]
+        graph = self._graphs.get(room)
+        buffer = graph.buffer if graph else StepBuffer(room, self._limits.max_batch_size, self._device)
+        buffer.fill(to_arrays(batch, room, self._limits.max_batch_size), sampled_ids)
+        if graph:
+            graph.captured.replay()
+            return graph.captured.result[: batch.num_logits]
+        # This run compiles kernels and makes what they keep, so it comes before a capture in any case.
+        logits = self._run_in(room, buffer)
+        if self._is_worth_a_graph(room):
+            self._capture(room, buffer)
+        return logits[: batch.num_logits]
 
-    def _capture(self, bucket: Bucket, buffer: StepBuffer) -> _Graph:
+    def capture_seen(self) -> None:
+        """Capture now what would be captured when it comes again."""
+        for room in self._mixed:
+            if room not in self._graphs and self._num_mixed_graphs < _MOST_MIXED_GRAPHS:
+                self._capture(room, StepBuffer(room, self._limits.max_batch_size, self._device))
+
+    def _run_in(self, room: Room, buffer: StepBuffer) -> torch.Tensor:
+        return self._run(StepInputs(buffer.tensors(), room.shape(self._limits.tokens_per_block)))
+
+    def _is_worth_a_graph(self, room: Room) -> bool:
+        if not _is_mixed(room):
+            return True
+        self._mixed[room] = self._mixed.get(room, 0) + 1
+        return self._mixed[room] > 1 and self._num_mixed_graphs < _MOST_MIXED_GRAPHS
+
+    @property
+    def _num_mixed_graphs(self) -> int:
+        return sum(map(_is_mixed, self._graphs))
+
+    def _capture(self, room: Room, buffer: StepBuffer) -> None:
         started = time.perf_counter()
-        shape = bucket.shape(self._limits.tokens_per_block)
-        # A run outside the capture compiles kernels and lets cuBLAS take its workspace; it writes what the replay
-        # will write again.
-        self._run(StepInputs(buffer.tensors(), shape))
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            logits = self._run(StepInputs(buffer.tensors(), shape))
-        kind = "prompt tokens" if bucket.is_context else "decodes"
+        self._graphs[room] = _Graph(buffer, self._capture_function(lambda: self._run_in(room, buffer)))
         logger.info(
-            "captured a graph of %d %s in %.0f ms, %d graphs now",
-            bucket.room.num_tokens,
-            kind,
+            "captured a graph of %d prompt tokens and %d decodes in %.0f ms, %d graphs now",
+            room.num_context_tokens,
+            room.num_decodes,
             1000 * (time.perf_counter() - started),
-            len(self._graphs) + 1,
+            len(self._graphs),
         )
-        return _Graph(graph, buffer, logits)
 
 
-def bucket_for(batch: Batch, limits: Limits) -> Bucket | None:
-    """The smallest bucket that holds the batch; None: it is not for graphs."""
-    if batch.num_contexts == 0:
-        return _decode_bucket(batch, limits)
-    has_decodes = batch.num_contexts < len(batch.rows)
-    is_small = batch.num_tokens <= _PROMPT_TOKENS[-1] and len(batch.rows) <= _PROMPTS[-1]
-    has_whole_logits = batch.num_logits > len(batch.rows)
-    return None if has_decodes or has_whole_logits or not is_small else _prompt_bucket(batch, limits)
+def room_for(batch: Batch, limits: Limits) -> Room | None:
+    """The smallest room with a graph that holds the batch; None: it is not for graphs."""
+    if batch.num_logits > len(batch.rows):
+        return None
+    if not batch.num_contexts:
+        return _decode_room(batch, limits)
+    if batch.decodes:
+        return _mixed_room(batch, limits)
+    return _prompt_room(batch, limits)
 
 
-def _decode_bucket(batch: Batch, limits: Limits) -> Bucket:
+def _decode_room(batch: Batch, limits: Limits) -> Room:
     rows = len(batch.rows)
     batch_size = min(_next(_BATCH_SIZES, rows), max(limits.max_batch_size, rows))
-    needed = max(row.start for row in batch.rows) // limits.tokens_per_block + 1
-    max_blocks = 1
-    while max_blocks < needed:
-        max_blocks *= _CONTEXT_STEP
-    room = Room(batch_size, batch_size, batch_size, min(max_blocks, limits.max_blocks_per_seq))
-    return Bucket(room, is_context=False)
+    return Room(0, 0, batch_size, batch_size, _table_width(batch, limits))
 
 
-def _prompt_bucket(batch: Batch, limits: Limits) -> Bucket:
+def _prompt_room(batch: Batch, limits: Limits) -> Room | None:
+    if batch.num_tokens > _PROMPT_TOKENS[-1] or len(batch.rows) > _PROMPTS[-1]:
+        return None
     num_tokens = min(_next(_PROMPT_TOKENS, batch.num_tokens), max(limits.max_num_tokens, batch.num_tokens))
     num_prompts = _next(_PROMPTS, len(batch.rows))
-    # Prompts read their blocks one after the other: wide tables cost bytes of a copy, not a program each. The padding
-    # may be longer than any sequence.
-    max_blocks = max(limits.max_blocks_per_seq, -(-num_tokens // limits.tokens_per_block))
-    room = Room(num_tokens, num_prompts + 1, num_prompts, max_blocks)
-    return Bucket(room, is_context=True)
+    # Prompts read their blocks one after the other: wide tables cost bytes of a copy, not a program each.
+    max_blocks = max(limits.max_blocks_per_seq, _blocks_of_padding(num_tokens, limits))
+    return Room(num_tokens, num_prompts + 1, 0, num_prompts, max_blocks)
+
+
+def _mixed_room(batch: Batch, limits: Limits) -> Room | None:
+    """It may hold more tokens and sequences than a step: padding has neither blocks nor logits."""
+    if batch.num_context_tokens > _MIXED_TOKENS[-1] or batch.num_contexts > _MIXED_PROMPTS:
+        return None
+    num_tokens = _next(_MIXED_TOKENS, batch.num_context_tokens)
+    num_decodes = _next(_MIXED_DECODES, len(batch.decodes))
+    num_logits = min(_MIXED_PROMPTS + num_decodes, max(limits.max_batch_size, batch.num_logits))
+    max_blocks = max(_table_width(batch, limits), _blocks_of_padding(num_tokens, limits))
+    return Room(num_tokens, _MIXED_PROMPTS + 1, num_decodes, num_logits, max_blocks)
+
+
+def _is_mixed(room: Room) -> bool:
+    return room.num_contexts > 0 and room.num_decodes > 0
+
+
+def _table_width(batch: Batch, limits: Limits) -> int:
+    """Blocks of the longest sequence, with few steps between one and the most there can be."""
+    longest = max(len(request.blocks) for request in batch.requests)
+    max_blocks = 1
+    while max_blocks < longest:
+        max_blocks *= _CONTEXT_STEP
+    return min(max_blocks, limits.max_blocks_per_seq)
+
+
+def _blocks_of_padding(num_tokens: int, limits: Limits) -> int:
+    """Padding is one sequence, which may be longer than any that is served."""
+    return -(-num_tokens // limits.tokens_per_block)
 
 
 def _next(sizes: tuple[int, ...], count: int) -> int:

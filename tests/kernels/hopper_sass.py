@@ -26,13 +26,13 @@ from tensorrt_llm.kernels import StepShape
 from tensorrt_llm.kernels.cuda import (
     add_rms_norm,
     gated_mlp,
-    gpt_attention,
     quantize_per_token,
     smooth_quant_gated_mlp,
     smooth_quant_gemm,
     weight_only_gated_mlp,
     weight_only_quant_matmul,
 )
+from tensorrt_llm.kernels.cuda.attention import GptAttention
 from tensorrt_llm.kernels.cuda.gated_mlp import silu_mul
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -46,9 +46,9 @@ KERNELS = (
     ("norm", "_rms_norm"),
     ("gated_mlp", "_silu_mul"),
     ("rope_kv", "_rope_kv"),
-    ("decode_attention", "_decode_one_head"),
-    ("decode_attention", "_decode_grouped_heads"),
-    ("decode_attention", "_combine_splits"),
+    ("decode_one_head", "_decode_one_head"),
+    ("decode_grouped_heads", "_decode_grouped_heads"),
+    ("decode_grouped_heads", "_combine_splits"),
     ("prefill_attention", "_prefill"),
     ("weight_only", "_stream_rows"),
     ("weight_only", "_multiply_tiles"),
@@ -58,10 +58,10 @@ KERNELS = (
     ("smooth_quant", "_stream_rows"),
     ("smooth_quant", "_multiply_tiles"),
 )
-OPTIONS = ("num_warps", "num_stages", "launch_pdl")
+OPTIONS = ("num_warps", "num_stages", "launch_pdl", "maxnreg")
 OVERLAP = {"overlapping": {"OVERLAP": True, "launch_pdl": True}, "has_dependent_launch": True}
 PREFILL = StepShape(4096, 2, 2, 4096, 2048, 2048)
-DECODE = StepShape(4, 4, 0, 0, 1, 2048)
+DECODE = StepShape(32, 32, 0, 0, 1, 2048)
 SHORT_DECODE = StepShape(1, 1, 0, 0, 1, 128)
 NVDISASM = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "nvdisasm")
 
@@ -153,7 +153,7 @@ def attend(dtype: torch.dtype, kv_dtype: torch.dtype, step: StepShape, heads: in
         return torch.empty(shape, dtype=torch.int32, device="meta")
 
     batch, tokens = step.batch_size, step.num_tokens
-    gpt_attention(
+    GptAttention(is_batch_invariant=False)(
         torch.empty((tokens, (heads + 2 * kv_heads) * 128), dtype=dtype, device="meta"),
         torch.empty(pool, dtype=kv_dtype, device="meta"),
         ints(tokens), ints(batch + 1), ints(batch), ints(batch), ints(batch, 128),

@@ -10,9 +10,11 @@ pytest.importorskip("triton", reason="the CUDA kernels need triton")
 from tensorrt_llm.dtype import torch_dtype
 from tensorrt_llm.kernels import quantized_reference, reference
 from tensorrt_llm.kernels.cuda import (
+    add_rms_norm_quantize,
     cuda_kernels,
     quantize_per_token,
     quantize_tensor,
+    rms_norm_quantize,
     smooth_quant_gated_mlp,
     smooth_quant_gemm,
     weight_only,
@@ -68,6 +70,27 @@ def test_quantized_rows_equal_the_reference(
     x, static, smoother = (None if operand is None else operand.cpu() for operand in (x, static, smoother))
     wanted = *reference.quantize_per_token(x, smoother), quantized_reference.quantize_tensor(x, static, smoother)
     assert all(torch.equal(left.cpu(), right) for left, right in zip(got, wanted, strict=True))
+
+
+@pytest.mark.parametrize("has_smoother", [False, True])
+@pytest.mark.parametrize(("tokens", "width"), [(1, 1), (3, 100), (2, 1376)])
+def test_quantized_norms_are_the_norm_quantized(
+    device: torch.device, tokens: int, width: int, has_smoother: bool
+) -> None:
+    x, y = (torch.randn(tokens, width, device=device) * 3 for _ in range(2))
+    weight = torch.rand(width, device=device) + 0.5
+    smoother = torch.rand(width, device=device) + 0.5 if has_smoother else None
+    total, q, scale = add_rms_norm_quantize(x, y, weight, smoother, eps=1e-6)
+    alone, alone_scale = rms_norm_quantize(total, weight, smoother, eps=1e-6)
+    assert torch.equal(total, x + y) and torch.equal(q, alone) and torch.equal(scale, alone_scale)
+    wide = (x + y).double(), weight.double()
+    normed = wide[0] / (wide[0].square().mean(1, keepdim=True) + 1e-6).sqrt() * wide[1]
+    normed = normed if smoother is None else normed / smoother
+    amax = normed.abs().amax(1, keepdim=True)
+    # In float32 a sum of `width` squares and a few products and divisions are inexact.
+    error = torch.finfo(torch.float32).eps * (8 + width**0.5)
+    torch.testing.assert_close(scale.double(), amax / 127, rtol=error, atol=0)
+    assert (q.double() - normed / amax * 127).abs().max() <= 0.5 + 127 * error
 
 
 @pytest.mark.parametrize("largest", [127.0, 3.0, 0.7])

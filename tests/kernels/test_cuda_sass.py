@@ -111,7 +111,7 @@ def test_float32_attention_multiplies_exactly(compiled: dict[str, Any], case: st
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float16_int8"])
 def test_eight_decode_programs_fit_an_sm(compiled: dict[str, Any], dtype: str) -> None:
-    """decode_attention.py counts on them to keep the memory busy."""
+    """decode_one_head.py counts on them to keep the memory busy."""
     facts = compiled[f"decode_{dtype}"]["_decode_one_head"]
     assert facts["registers"] * 2 * 32 * 8 <= 65536
     assert facts["shared"] * 8 <= 227 * 1024

@@ -12,7 +12,9 @@ from tensorrt_llm.kernels import StepShape, reference_kernels
 from tensorrt_llm.passes import optimize
 from tensorrt_llm.passes.fuse_add_rms_norm import fuse_add_rms_norm
 from tensorrt_llm.passes.fuse_gated_mlp import fuse_gated_mlp
+from tensorrt_llm.passes.fuse_norm_quantize import fuse_norm_quantize
 from tensorrt_llm.passes.simplify import simplify
+from tensorrt_llm.quantization.functional import quantize_per_token
 from tensorrt_llm.runtime.executor import Executor
 
 NO_STEP = StepShape(3, 1, 1, 3, 3, 3)  # ops other than attention don't look at it
@@ -349,3 +351,35 @@ def test_a_norm_of_an_input_is_not_fused(network: Network) -> None:
         x = Tensor("x", "float32", ["num_tokens", 4])
         rms_norm(x, weight(network, "w", 4)).mark_output("y")
     assert fuse_add_rms_norm(network) == 0
+
+
+# fuse_norm_quantize
+
+
+@pytest.mark.parametrize("has_smoother", [False, True])
+@pytest.mark.parametrize("has_addend", [False, True])
+def test_a_norm_is_fused_with_its_quantization(network: Network, has_addend: bool, has_smoother: bool) -> None:
+    with net_guard(network):
+        x, y = (Tensor(name, "float32", ["num_tokens", 4]) for name in "xy")
+        smoother = weight(network, "s", 4) if has_smoother else None
+        total = add(x, y) if has_addend else x
+        quantized, scale = quantize_per_token(rms_norm(total, weight(network, "w", 4)), smoother)
+        quantized.mark_output("q")
+        scale.mark_output("scale")
+        silu(total).mark_output("other")
+    fuse_add_rms_norm(network)
+    before = evaluate(network)
+    assert fuse_norm_quantize(network) == 1
+    network.verify()
+    fused = "add_rms_norm_quantize" if has_addend else "rms_norm_quantize"
+    assert [node.op for node in network.nodes] == [fused, "silu"]
+    assert_same_results(before, evaluate(network))
+
+
+def test_a_norm_that_others_read_too_is_not_fused_with_its_quantization(network: Network) -> None:
+    with net_guard(network):
+        normed = rms_norm(Tensor("x", "float32", ["num_tokens", 4]), weight(network, "w", 4))
+        for name, tensor in zip(("q", "scale"), quantize_per_token(normed), strict=True):
+            tensor.mark_output(name)
+        silu(normed).mark_output("other")
+    assert fuse_norm_quantize(network) == 0

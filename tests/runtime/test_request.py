@@ -141,17 +141,6 @@ def test_end_ids_outside_the_vocabulary_are_named() -> None:
         SamplingConfig(end_id=151643).for_sequence(0, 1).check_vocabulary(10)
 
 
-def test_a_row_of_blocks_follows_them_as_they_grow_and_when_they_are_others() -> None:
-    request = make_request(SamplingConfig(), [1], [])
-    rows = [request.block_row(2).tolist()]
-    for blocks in ([7, 8], [5, 6]):
-        request.blocks = blocks
-        rows.append(request.block_row(3).tolist())
-    request.blocks += [9, 4]
-    rows += [request.block_row(width).tolist() for width in (3, 5)]
-    assert rows == [[0, 0], [7, 8, 0], [5, 6, 0], [5, 6, 9], [5, 6, 9, 4, 0]]
-
-
 def test_equal_seeds_draw_equal_numbers_and_no_seed_draws_new_ones() -> None:
     def draw(seed: int | None) -> float:
         return Request(0, [1], SamplingConfig(random_seed=seed).for_sequence(0, 1)).random.random()

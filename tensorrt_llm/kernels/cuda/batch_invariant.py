@@ -1,7 +1,8 @@
 """Ops whose rows have the same bits in any step: one way to compute them, whatever the number of tokens.
 
-Attention is held to splits of one size. The kernels of all other ops, and the integer sums of SmoothQuant, are so by
-themselves: a row belongs to one program. The cost: one token takes a tile of 64, and prompts do without cuBLAS.
+Attention is held to splits of one size (attention.py). The kernels of all other ops, and the integer sums of
+SmoothQuant, are so by themselves: a row belongs to one program. The cost: one token takes a tile of 64, and prompts do
+without cuBLAS.
 """
 
 import torch
@@ -9,7 +10,6 @@ import torch
 from .. import Kernel
 from ..tactics import Tactic
 from . import dense, weight_only
-from .attention import batch_invariant_gpt_attention
 from .gated_mlp import prepare_gated_mlp
 from .weight_only import prepare_weight_only_gated_mlp, prepare_weight_only_quant_matmul
 
@@ -18,7 +18,6 @@ def batch_invariant_kernels() -> dict[str, Kernel]:
     """They take the place of the kernels of the same names."""
     return {
         "matmul": Kernel(matmul),
-        "gpt_attention": Kernel(batch_invariant_gpt_attention, needs_step=True),
         "gated_mlp": Kernel(gated_mlp, prepare=prepare_gated_mlp),
         "weight_only_quant_matmul": Kernel(weight_only_quant_matmul, prepare=prepare_weight_only_quant_matmul),
         "weight_only_gated_mlp": Kernel(weight_only_gated_mlp, prepare=prepare_weight_only_gated_mlp),

@@ -52,8 +52,11 @@ def _multiply_tiles(
     x_ptr, weight_ptr, bias_ptr, out_ptr, tokens, num_rows,
     DEPTH: tl.constexpr, TOKEN_TILE: tl.constexpr, ROW_TILE: tl.constexpr, DEPTH_TILE: tl.constexpr,
     NUM_STAGES: tl.constexpr, DOT_DTYPE: tl.constexpr, HAS_BIAS: tl.constexpr, IS_GATED: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """More tokens, by tensor cores."""
+    start_next(OVERLAP)
+    wait_for_previous(OVERLAP)
     tile = tl.program_id(1)
     rows = tile_rows(tile, num_rows, ROW_TILE)
     weight_rows_ptr = weight_ptr + (rows.to(tl.int64) * DEPTH)[:, None]
@@ -112,6 +115,6 @@ def multiply(
     _multiply_tiles[(triton.cdiv(tokens, token_tile), triton.cdiv(num_rows, row_tile))](
         x, weight, bias, out, tokens, num_rows, DEPTH=depth, TOKEN_TILE=token_tile, ROW_TILE=row_tile,
         DEPTH_TILE=tactic.depth_tile, NUM_STAGES=tactic.num_stages, DOT_DTYPE=dot_dtype(x.dtype), **flags,
-        num_warps=tactic.num_warps,
+        num_warps=tactic.num_warps, **overlapping(x.device, is_early=token_tile == 32),
     )  # fmt: skip
     return out

@@ -1,10 +1,11 @@
-"""RMSNorm, and RMSNorm fused with the residual add before it.
+"""RMSNorm, fused with the residual add before it and with the quantization per token after it.
 
     rms_norm(x)        = x * rsqrt(mean(x^2) + eps) * weight
     add_rms_norm(x, y) = s, rms_norm(s)   with s = x + y, kept in float32
+    ..._quantize       = ..., q, scale    of the norm / smoother, as in int8_rows.py
 
-x, y and the results are [tokens, hidden], rows contiguous; weight is [hidden]. Each row belongs to one program, all
-math is in float32, and each result is rounded once. A row's bits do not depend on the other rows.
+x, y and the results are [tokens, hidden], rows contiguous; weight and smoother are [hidden]. Each row belongs to one
+program, all math is in float32, and each result is rounded once. A row's bits do not depend on the other rows.
 """
 
 # mypy: allow-untyped-defs
@@ -15,32 +16,41 @@ import triton
 import triton.language as tl
 
 from ...dtype import torch_dtype
+from .int8_rows import quantize_rows
 from .overlap import overlapping, start_next, wait_for_previous
 
 
 @triton.jit
 def _rms_norm(
-    x_ptr, y_ptr, weight_ptr, sum_ptr, out_ptr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, EPS: tl.constexpr,
-    HAS_ADDEND: tl.constexpr, OVERLAP: tl.constexpr,
+    x_ptr, y_ptr, weight_ptr, smoother_ptr, sum_ptr, out_ptr, scale_ptr,
+    HIDDEN: tl.constexpr, BLOCK: tl.constexpr, EPS: tl.constexpr, HAS_ADDEND: tl.constexpr,
+    HAS_SMOOTHER: tl.constexpr, IS_QUANTIZED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     start_next(OVERLAP)
     row = tl.program_id(0).to(tl.int64) * HIDDEN
-    columns = tl.arange(0, BLOCK)
+    columns = tl.arange(0, BLOCK)[None, :]
     mask = columns < HIDDEN
     weight = tl.load(weight_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+    if HAS_SMOOTHER:
+        smoother = tl.load(smoother_ptr + columns, mask=mask, other=1.0)
     wait_for_previous(OVERLAP)
     x = tl.load(x_ptr + row + columns, mask=mask, other=0.0).to(tl.float32)
     if HAS_ADDEND:
         x += tl.load(y_ptr + row + columns, mask=mask, other=0.0).to(tl.float32)
         tl.store(sum_ptr + row + columns, x, mask=mask)
-    scale = tl.rsqrt(tl.sum(x * x) / HIDDEN + EPS)
-    tl.store(out_ptr + row + columns, x * scale * weight, mask=mask)
+    out = x * tl.rsqrt(tl.sum(x * x) / HIDDEN + EPS) * weight
+    if IS_QUANTIZED:
+        if HAS_SMOOTHER:
+            out = tl.div_rn(out, smoother)
+        out, scale = quantize_rows(out)
+        tl.store(scale_ptr + tl.program_id(0) + tl.zeros([1, 1], tl.int32), scale)
+    tl.store(out_ptr + row + columns, out, mask=mask)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, *, eps: float, dtype: str) -> torch.Tensor:
     """x / rms(x) * weight, row by row, in `dtype`."""
     out = torch.empty(x.shape, dtype=torch_dtype(dtype), device=x.device)
-    _launch(x, None, weight, None, out, eps)
+    _launch(x, None, weight, None, None, out, None, eps)
     return out
 
 
@@ -48,20 +58,50 @@ def add_rms_norm(
     x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, *, eps: float, dtype: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(x + y in float32, rms_norm of that sum in `dtype`)."""
+    total = _empty_sum(x, y)
+    out = torch.empty(x.shape, dtype=torch_dtype(dtype), device=x.device)
+    _launch(x, y, weight, None, total, out, None, eps)
+    return total, out
+
+
+def rms_norm_quantize(
+    x: torch.Tensor, weight: torch.Tensor, smoother: torch.Tensor | None = None, *, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 [tokens, hidden] of the norm / smoother, and float32 [tokens, 1], a scale for each row."""
+    out, scale = _empty_integers(x)
+    _launch(x, None, weight, smoother, None, out, scale, eps)
+    return out, scale
+
+
+def add_rms_norm_quantize(
+    x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, smoother: torch.Tensor | None = None, *, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(x + y in float32, rms_norm_quantize of that sum)."""
+    total = _empty_sum(x, y)
+    out, scale = _empty_integers(x)
+    _launch(x, y, weight, smoother, total, out, scale, eps)
+    return total, out, scale
+
+
+def _empty_sum(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     assert x.shape == y.shape, f"add_rms_norm: x is {tuple(x.shape)} but y is {tuple(y.shape)}"
     assert x.dtype == torch.float32, f"add_rms_norm: the residual must be float32, it is {x.dtype}"
-    total = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-    out = torch.empty(x.shape, dtype=torch_dtype(dtype), device=x.device)
-    _launch(x, y, weight, total, out, eps)
-    return total, out
+    return torch.empty(x.shape, dtype=torch.float32, device=x.device)
+
+
+def _empty_integers(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    scale = torch.empty((x.shape[0], 1), dtype=torch.float32, device=x.device)
+    return torch.empty(x.shape, dtype=torch.int8, device=x.device), scale
 
 
 def _launch(
     x: torch.Tensor,
     y: torch.Tensor | None,
     weight: torch.Tensor,
+    smoother: torch.Tensor | None,
     total: torch.Tensor | None,
     out: torch.Tensor,
+    scale: torch.Tensor | None,
     eps: float,
 ) -> None:
     rows, hidden = x.shape
@@ -73,6 +113,7 @@ def _launch(
     # loads of the float32 residual, all in flight at once; 4096 columns take 16 warps.
     num_warps = min(max(block // 256, 1), 16)
     _rms_norm[(rows,)](
-        x, y, weight, total, out, HIDDEN=hidden, BLOCK=block, EPS=eps, HAS_ADDEND=y is not None, num_warps=num_warps,
+        x, y, weight, smoother, total, out, scale, HIDDEN=hidden, BLOCK=block, EPS=eps, HAS_ADDEND=y is not None,
+        HAS_SMOOTHER=smoother is not None, IS_QUANTIZED=scale is not None, num_warps=num_warps,
         **overlapping(x.device),
     )  # fmt: skip

@@ -18,6 +18,7 @@ few dozen float64 instructions per token and frequency, beside which a program m
 # The arguments of a kernel are Triton's values, for which Python has no types.
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -60,6 +61,37 @@ def _cos_sin(turns):
     return cosine, sine
 
 
+@triton.jit
+def rotation(
+    position, context_lengths_ptr, sequence, dims,
+    ROTARY_DIM: tl.constexpr, LOG2_BASE: tl.constexpr, NTK_LENGTH: tl.constexpr,
+):  # fmt: skip
+    """(cosine, sine, partner) of every dim: x cosine + x[partner] sine is x turned.
+
+    Dim i and dim i + d/2 share a frequency, dims from d on do not turn.
+    """
+    HALF: tl.constexpr = ROTARY_DIM // 2
+    log2_base = tl.full([], LOG2_BASE, tl.float64)
+    if NTK_LENGTH > 0:
+        context_length = tl.load(context_lengths_ptr + sequence)
+        doublings = tl.full([], NTK_LENGTH, tl.int64) << tl.arange(0, 32)
+        alpha = (tl.full([], 2, tl.int64) << tl.sum((context_length > doublings).to(tl.int64))) - 1
+        log2_base += tl.log2(alpha.to(tl.float64)) * (ROTARY_DIM / (ROTARY_DIM - 2))
+    frequency = tl.exp2((dims % HALF).to(tl.float64) * (-2.0 / ROTARY_DIM) * log2_base)
+    cosine, sine = _cos_sin(position.to(tl.float64) * frequency * 0.15915494309189535)
+    cosine = tl.where(dims < ROTARY_DIM, cosine, 1.0)
+    sine = tl.where(dims < HALF, -sine, tl.where(dims < ROTARY_DIM, sine, 0.0))
+    partner = tl.where(dims < HALF, dims + HALF, tl.where(dims < ROTARY_DIM, dims - HALF, dims))
+    return cosine, sine, partner
+
+
+@triton.jit
+def logn_factor(position, LOGN_LENGTH: tl.constexpr):
+    """What a query is multiplied by."""
+    factor = tl.log2((position + 1).to(tl.float32)) / tl.log2(tl.full([], LOGN_LENGTH, tl.float32))
+    return tl.where(position + 1 > LOGN_LENGTH, factor, 1.0)
+
+
 @triton.jit(
     do_not_specialize=["batch_size", "table_stride"],
     do_not_specialize_on_alignment=[
@@ -83,19 +115,9 @@ def _rope_kv(
         sequence = _sequence_of(token, query_starts_ptr, batch_size, 128)
     position = tl.load(position_ids_ptr + token)
 
-    # cos and sin of every dim; dim i and dim i + d/2 share a frequency, dims from d on do not turn.
-    HALF: tl.constexpr = ROTARY_DIM // 2
-    log2_base = tl.full([], LOG2_BASE, tl.float64)
-    if NTK_LENGTH > 0:
-        context_length = tl.load(context_lengths_ptr + sequence)
-        doublings = tl.full([], NTK_LENGTH, tl.int64) << tl.arange(0, 32)
-        alpha = (tl.full([], 2, tl.int64) << tl.sum((context_length > doublings).to(tl.int64))) - 1
-        log2_base += tl.log2(alpha.to(tl.float64)) * (ROTARY_DIM / (ROTARY_DIM - 2))
-    frequency = tl.exp2((dims % HALF).to(tl.float64) * (-2.0 / ROTARY_DIM) * log2_base)
-    cosine, sine = _cos_sin(position.to(tl.float64) * frequency * 0.15915494309189535)
-    cosine = tl.where(dims < ROTARY_DIM, cosine, 1.0)
-    sine = tl.where(dims < HALF, -sine, tl.where(dims < ROTARY_DIM, sine, 0.0))
-    partner = tl.where(dims < HALF, dims + HALF, tl.where(dims < ROTARY_DIM, dims - HALF, dims))
+    cosine, sine, partner = rotation(
+        position, context_lengths_ptr, sequence, dims, ROTARY_DIM, LOG2_BASE, NTK_LENGTH
+    )  # fmt: skip
 
     wait_for_previous(OVERLAP)  # the inputs of a step, read until here, are older than all its kernels
     # [HEAD_TILE, DIM_TILE]
@@ -108,8 +130,7 @@ def _rope_kv(
     x_partner = tl.load(qkv_ptr + row[:, None] + partner[None, :], mask=turned, other=0.0).to(tl.float32)
     rotated = x.to(tl.float32) * cosine[None, :] + x_partner * sine[None, :]
     if LOGN_LENGTH > 0:
-        logn = tl.log2((position + 1).to(tl.float32)) / tl.log2(tl.full([], LOGN_LENGTH, tl.float32))
-        rotated *= tl.where(is_query & (position + 1 > LOGN_LENGTH), logn, 1.0)[:, None]
+        rotated *= tl.where(is_query, logn_factor(position, LOGN_LENGTH), 1.0)[:, None]
     result = tl.where(is_value[:, None], x, rotated.to(x.dtype))
 
     query_row = token.to(tl.int64) * (NUM_HEADS * HEAD_SIZE) + heads * HEAD_SIZE
@@ -125,6 +146,22 @@ def _rope_kv(
     tl.store(pool_ptr + pool_row[:, None] + dims[None, :], result, mask=mask & (is_query == 0)[:, None])
 
 
+class RopeRules(NamedTuple):
+    """How positions turn and scale vectors, with 0 for a rule that is off: attributes of the op."""
+
+    rotary_base: float
+    rotary_dim: int
+    ntk_length: int
+    logn_length: int
+
+    @property
+    def constants(self) -> dict[str, float]:
+        return dict(
+            ROTARY_DIM=self.rotary_dim, LOG2_BASE=math.log2(self.rotary_base), NTK_LENGTH=self.ntk_length,
+            LOGN_LENGTH=self.logn_length,
+        )  # fmt: skip
+
+
 def rope_kv(
     qkv: torch.Tensor,
     past_key_value: torch.Tensor,
@@ -138,12 +175,12 @@ def rope_kv(
     num_heads: int,
     num_kv_heads: int,
     head_size: int,
-    rotary_base: float,
-    rotary_dim: int,
-    ntk_length: int,
-    logn_length: int,
+    rules: RopeRules,
 ) -> torch.Tensor:
-    """Write the step's keys and values to the pool; return its queries [tokens, heads, head_size], ready to score."""
+    """Write keys and values of qkv, the step's first tokens, to the pool.
+
+    Returns their queries [tokens, heads, head_size], ready to score.
+    """
     assert qkv.is_contiguous() and qkv.shape[1] == (num_heads + 2 * num_kv_heads) * head_size
     tokens = qkv.shape[0]
     q = torch.empty((tokens, num_heads, head_size), dtype=qkv.dtype, device=qkv.device)
@@ -157,7 +194,7 @@ def rope_kv(
         qkv, q, past_key_value, key_value_scales, position_ids, query_starts, context_lengths, block_tables,
         step.batch_size, block_tables.stride(0), block_stride, value_stride, head_stride, token_stride,
         NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_SIZE=head_size, TOKENS_PER_BLOCK=past_key_value.shape[3],
-        ROTARY_DIM=rotary_dim, LOG2_BASE=math.log2(rotary_base), NTK_LENGTH=ntk_length, LOGN_LENGTH=logn_length,
+        **rules.constants,
         ONE_TOKEN_EACH=step.max_query_length == 1 and tokens == step.batch_size,
         IS_INT8=key_value_scales is not None, HEAD_TILE=head_tile, DIM_TILE=padded_width(head_size), num_warps=4,
         **overlapping(qkv.device),

@@ -34,14 +34,16 @@ def _quantize(
 ):  # fmt: skip
     """One row. A static scale is read; otherwise the row's own is written."""
     start_next(OVERLAP)
-    wait_for_previous(OVERLAP)
     token = tl.program_id(0)
     columns = tl.arange(0, BLOCK)[None, :]
     mask = columns < WIDTH
+    if HAS_SMOOTHER:
+        smoother = tl.load(smoother_ptr + columns, mask=mask, other=1.0)
+    wait_for_previous(OVERLAP)
     row = token.to(tl.int64) * WIDTH + columns
     x = tl.load(x_ptr + row, mask=mask, other=0.0).to(tl.float32)
     if HAS_SMOOTHER:
-        x = tl.div_rn(x, tl.load(smoother_ptr + columns, mask=mask, other=1.0))
+        x = tl.div_rn(x, smoother)
     if IS_STATIC:
         steps_per_unit = tl.div_rn(1.0, tl.load(scale_ptr))
         q = round_to_int8(x * steps_per_unit)
@@ -105,9 +107,11 @@ def _stream_rows(
 def _multiply_tiles(
     x_ptr, x_scale_ptr, weight_ptr, weight_scale_ptr, bias_ptr, out_ptr, tokens, num_rows, depth, x_scale_stride,
     TOKEN_TILE: tl.constexpr, ROW_TILE: tl.constexpr, DEPTH_TILE: tl.constexpr, NUM_STAGES: tl.constexpr,
-    HAS_BIAS: tl.constexpr, IS_GATED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, IS_GATED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """More tokens: tensor cores. The weight is the left operand, as that side of a tile has at least 64 rows."""
+    start_next(OVERLAP)
+    wait_for_previous(OVERLAP)
     tile = tl.program_id(1)
     rows = tile_rows(tile, num_rows, ROW_TILE)
     token_ids = tl.program_id(0) * TOKEN_TILE + tl.arange(0, TOKEN_TILE)
@@ -228,6 +232,6 @@ def _launch_matmul(
     _multiply_tiles[(triton.cdiv(tokens, token_tile), triton.cdiv(num_rows, row_tile))](
         x, x_scale, weight, weight_scale, bias, out, tokens, num_rows, depth, 1 if x_scale.ndim == 2 else 0,
         TOKEN_TILE=token_tile, ROW_TILE=row_tile, DEPTH_TILE=tactic.depth_tile, NUM_STAGES=tactic.num_stages, **flags,
-        num_warps=tactic.num_warps,
+        num_warps=tactic.num_warps, **overlapping(x.device, is_early=tokens <= 64),
     )  # fmt: skip
     return out

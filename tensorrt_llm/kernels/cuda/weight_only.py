@@ -180,7 +180,7 @@ def _multiply_tiles(
     TOKEN_TILE: tl.constexpr, ROW_TILE: tl.constexpr, NUM_STAGES: tl.constexpr, DOT_DTYPE: tl.constexpr,
     BITS: tl.constexpr, PLANE: tl.constexpr, PLANES_PER_SCALE: tl.constexpr, PLANES_PER_GROUP: tl.constexpr,
     HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, IS_GATED: tl.constexpr,
-    IS_WHOLE: tl.constexpr, IS_SPLIT: tl.constexpr,
+    IS_WHOLE: tl.constexpr, IS_SPLIT: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """More tokens: tensor cores, a block at a time and a dot for each of its planes.
 
@@ -188,6 +188,8 @@ def _multiply_tiles(
     that depth is a number of whole blocks; with IS_SPLIT the blocks of a row are divided among programs, whose float32
     sums wait for `_add_splits`.
     """
+    start_next(OVERLAP)
+    wait_for_previous(OVERLAP)
     PLANES: tl.constexpr = 16 // BITS
     tile, split = tl.program_id(1), tl.program_id(2)
     rows = tile_rows(tile, num_rows, ROW_TILE)
@@ -476,6 +478,7 @@ def _launch_tiles(
         TOKEN_TILE=token_tile, ROW_TILE=row_tile, NUM_STAGES=tactic.num_stages, DOT_DTYPE=dot_dtype(x.dtype),
         PLANES_PER_SCALE=_planes_per_scale(weight), **weight.layout, HAS_BIAS=bias is not None, IS_GATED=is_gated,
         IS_WHOLE=depth % weight.block == 0, IS_SPLIT=num_splits > 1, num_warps=tactic.num_warps,
+        **overlapping(x.device, is_early=tokens <= 64 and (weight.bits == 4 or tokens > 8)),
     )  # fmt: skip
     if num_splits > 1:
         _launch_add_splits(partial_sums, bias, out, is_gated)

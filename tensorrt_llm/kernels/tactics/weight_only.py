@@ -30,17 +30,20 @@ def block_size(shape: MatmulShape) -> int:
 
 
 def heuristic(shape: MatmulShape, tokens: int) -> Tactic:
-    """By times on an H200 at the shapes of a 7B model. It takes many programs to keep an SM busy."""
+    """By times at the shapes of a 7B model.
+
+    Ten layers take 2 to 6 % less time with 264 programs at least than with 528, but for int8 at 8 tokens (H100).
+    """
     if tokens > _MOST_TOKENS_UNPACKED or shape.dtype == torch.float32:
         return WIDENED
     if tokens == 1 and shape.depth % 2 == 0:
         return _stream(shape, 8 if shape.depth * shape.bits <= 16384 else 4, 1)
     if tokens <= 8:
         # Tiles of 32 rows are too few for wgmma, so that a dot does not wait for the one before.
-        return _tiles(shape, tokens, 8, 32, 5, 2, wanted_programs=1056 if shape.bits == 4 else 528)
+        return _tiles(shape, tokens, 8, 32, 5, 2, wanted_programs=264 if shape.bits == 4 else 528)
     token_tile = min(next_power_of_2(tokens), 64)
     num_stages = 3 if shape.bits == 4 or token_tile > 32 else 5
-    return _tiles(shape, tokens, token_tile, 64, num_stages, 4, wanted_programs=528)
+    return _tiles(shape, tokens, token_tile, 64, num_stages, 4, wanted_programs=264)
 
 
 def _stream(shape: MatmulShape, row_tile: int, share: float) -> Tactic:

@@ -1,0 +1,238 @@
+"""Decode attention where every query head has its own keys and values: RoPE, the KV write and attention in one kernel.
+
+    out[h] = sum_n softmax_n(q[h] . K[n] * scale) V[n]      n over the sequence's cached tokens and its new one
+
+qkv is [tokens, 3 heads, head_size] as the projection left it, out [tokens, heads, head_size]; the decodes' rows begin
+at `first_token`, their sequences at `first_sequence`. K and V of earlier tokens come from the pool, through the block
+table (kv_pool.py has the layout). The new token's are turned (rope_kv.py has the formula) and written there by the
+program that has the last split, which takes them from its registers: no program reads what another writes.
+
+A program takes one sequence, one head and one split of SPLIT_TOKENS tokens. Splits have one size, not one count, so a
+sequence's bits do not depend on the longest sequence of the step; they depend on whether it is one of few or of many,
+unless is_batch_invariant. With one split the result is final; otherwise each split leaves its normalised result and its
+log-sum-exp, and whichever program of a head is the last to arrive weighs them in order (splits.py). Only the counting
+of arrivals is atomic: who comes last changes no bit. Softmax is in float32 and in powers of two: log2(e) is folded into
+the scale.
+"""
+
+# mypy: allow-untyped-defs
+# The arguments of a kernel are Triton's values, for which Python has no types.
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ..step import StepShape
+from .int8_rows import quantize_rows
+from .kv_pool import load_scales, padded_width, pool_strides, token_offsets
+from .overlap import has_dependent_launch, start_next
+from .rope_kv import RopeRules, logn_factor, rotation
+from .splits import LOWEST, Arrivals, weigh_splits
+
+
+@triton.jit
+def _load_tile(
+    keys_ptr, scales_ptr, table_ptr, first, stop, block_stride, value_stride, token_stride,
+    TILE_TOKENS: tl.constexpr, HEAD_SIZE: tl.constexpr, DIM_TILE: tl.constexpr, TOKENS_PER_BLOCK: tl.constexpr,
+    IS_INT8: tl.constexpr,
+):  # fmt: skip
+    """Tokens first.. of a split: (which of them are before `stop`, keys, values, the scales of both)."""
+    dims = tl.arange(0, DIM_TILE)
+    positions = first + tl.arange(0, TILE_TOKENS)
+    cached = positions < stop
+    offsets = token_offsets(table_ptr, positions, cached, block_stride, token_stride, TOKENS_PER_BLOCK)
+    pointers = keys_ptr + offsets[:, None] + dims[None, :]
+    mask = cached[:, None] & (dims < HEAD_SIZE)[None, :]
+    keys = tl.load(pointers, mask=mask, other=0.0)
+    values = tl.load(pointers + value_stride, mask=mask, other=0.0)
+    key_scale, value_scale = cached, cached
+    if IS_INT8:
+        key_scale, value_scale = load_scales(scales_ptr, offsets, cached, value_stride, HEAD_SIZE)
+    return cached, keys, values, key_scale, value_scale
+
+
+@triton.jit
+def _attend(
+    q, top, total, result, cached, keys, values, key_scale, value_scale, IS_INT8: tl.constexpr
+):  # fmt: skip
+    """Take a tile into the running softmax: every lane of tokens has its own maximum, sum and result."""
+    score = tl.sum(keys.to(tl.float32) * q[None, :], axis=1)
+    if IS_INT8:
+        score *= key_scale
+    score = tl.where(cached, score, float("-inf"))
+    new_top = tl.maximum(top, score)
+    decay, weight = tl.exp2(top - new_top), tl.exp2(score - new_top)
+    total = total * decay + weight
+    if IS_INT8:
+        weight *= value_scale
+    result = result * decay[:, None] + weight[:, None] * values.to(tl.float32)
+    return new_top, total, result
+
+
+@triton.jit
+def _turned(row_ptr, dims, partner, mask, cosine, sine):
+    """The vector at row_ptr, float32, turned to its position."""
+    x = tl.load(row_ptr + dims, mask=mask, other=0.0).to(tl.float32)
+    return x * cosine + tl.load(row_ptr + partner, mask=mask, other=0.0).to(tl.float32) * sine
+
+
+@triton.jit(
+    do_not_specialize=["first_sequence", "first_token", "num_splits", "table_stride"],
+    do_not_specialize_on_alignment=[
+        "position_ids_ptr", "context_lengths_ptr", "block_tables_ptr", "sequence_length_ptr",
+    ],
+)  # fmt: skip
+def _decode_one_head(
+    qkv_ptr, pool_ptr, scales_ptr, position_ids_ptr, context_lengths_ptr, sequence_length_ptr, block_tables_ptr,
+    out_ptr, partial_ptr, lse_ptr, arrivals_ptr,
+    first_sequence, first_token, num_splits, table_stride, block_stride, value_stride, head_stride, token_stride, scale,
+    NUM_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, DIM_TILE: tl.constexpr, TOKENS_PER_BLOCK: tl.constexpr,
+    ROTARY_DIM: tl.constexpr, LOG2_BASE: tl.constexpr, NTK_LENGTH: tl.constexpr, LOGN_LENGTH: tl.constexpr,
+    SPLIT_TOKENS: tl.constexpr, TILE_TOKENS: tl.constexpr, NUM_STAGES: tl.constexpr,
+    IS_INT8: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """No dot: 15 of 16 rows of a tensor core tile would be padding.
+
+    `arrivals` has a zero for each sequence and head, and has it again when all programs are done.
+    """
+    start_next(OVERLAP)
+    index, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    sequence, token = first_sequence + index, (first_token + index).to(tl.int64)
+    length = tl.load(sequence_length_ptr + sequence)
+    position = tl.load(position_ids_ptr + token)
+    start = split * SPLIT_TOKENS
+    if start >= length:
+        return
+    stop = tl.minimum(start + SPLIT_TOKENS, length - 1)  # the newest token is not in the pool yet
+
+    dims = tl.arange(0, DIM_TILE)
+    dim_mask = dims < HEAD_SIZE
+    table_ptr = block_tables_ptr + sequence.to(tl.int64) * table_stride
+    keys_ptr = pool_ptr + head.to(tl.int64) * head_stride
+    if IS_INT8:
+        scales_ptr += head.to(tl.int64) * (head_stride // HEAD_SIZE)
+    cosine, sine, partner = rotation(
+        position, context_lengths_ptr, sequence, dims, ROTARY_DIM, LOG2_BASE, NTK_LENGTH
+    )  # fmt: skip
+    row_ptr = qkv_ptr + (token * (3 * NUM_HEADS) + head) * HEAD_SIZE
+    q = _turned(row_ptr, dims, partner, dim_mask, cosine, sine) * scale
+    if LOGN_LENGTH > 0:
+        q *= logn_factor(position, LOGN_LENGTH)
+
+    top = tl.full([TILE_TOKENS], LOWEST, tl.float32)
+    total = tl.zeros([TILE_TOKENS], tl.float32)
+    result = tl.zeros([TILE_TOKENS, DIM_TILE], tl.float32)
+    for first in tl.range(start, stop, TILE_TOKENS, num_stages=NUM_STAGES):
+        cached, keys, values, key_scale, value_scale = _load_tile(
+            keys_ptr, scales_ptr, table_ptr, first, stop, block_stride, value_stride, token_stride,
+            TILE_TOKENS, HEAD_SIZE, DIM_TILE, TOKENS_PER_BLOCK, IS_INT8,
+        )  # fmt: skip
+        top, total, result = _attend(q, top, total, result, cached, keys, values, key_scale, value_scale, IS_INT8)
+    if start + SPLIT_TOKENS >= length:
+        key = _turned(row_ptr + NUM_HEADS * HEAD_SIZE, dims, partner, dim_mask, cosine, sine)[None, :]
+        value = tl.load(row_ptr + 2 * NUM_HEADS * HEAD_SIZE + dims, mask=dim_mask, other=0.0).to(tl.float32)[None, :]
+        slot = token_offsets(table_ptr, position, position >= 0, block_stride, token_stride, TOKENS_PER_BLOCK)
+        if IS_INT8:
+            key, key_scale = quantize_rows(key)
+            value, value_scale = quantize_rows(value)
+            scale_ptrs = scales_ptr + slot // HEAD_SIZE + tl.zeros([1, 1], tl.int32)
+            tl.store(scale_ptrs, key_scale)
+            tl.store(scale_ptrs + value_stride // HEAD_SIZE, value_scale)
+            key_scale, value_scale = tl.sum(key_scale, axis=1), tl.sum(value_scale, axis=1)
+        else:
+            key, value = key.to(pool_ptr.dtype.element_ty), value.to(pool_ptr.dtype.element_ty)
+            key_scale, value_scale = 1.0, 1.0
+        tl.store(keys_ptr + slot + dims[None, :], key, mask=dim_mask[None, :])
+        tl.store(keys_ptr + slot + value_stride + dims[None, :], value, mask=dim_mask[None, :])
+        is_first_lane = tl.arange(0, TILE_TOKENS) == 0
+        top, total, result = _attend(q, top, total, result, is_first_lane, key, value, key_scale, value_scale, IS_INT8)
+
+    best = tl.max(top, axis=0)
+    share = tl.exp2(top - best)
+    sum_of_weights = tl.sum(total * share, axis=0)
+    row = tl.sum(result * share[:, None], axis=0) / sum_of_weights
+    used_splits = tl.cdiv(length, SPLIT_TOKENS)
+    out_ptrs = out_ptr + (token * NUM_HEADS + head) * HEAD_SIZE + dims
+    if used_splits == 1:
+        tl.store(out_ptrs, row, mask=dim_mask)
+        return
+    vector = index * NUM_HEADS + head
+    first_row = vector.to(tl.int64) * num_splits
+    tl.store(partial_ptr + (first_row + split) * HEAD_SIZE + dims, row, mask=dim_mask)
+    tl.store(lse_ptr + first_row + split, best + tl.log2(sum_of_weights))
+    tl.debug_barrier()  # one thread counts for all: what the others have stored comes before
+    if tl.atomic_add(arrivals_ptr + vector, 1, sem="acq_rel") == used_splits - 1:
+        tl.store(arrivals_ptr + vector, 0)
+        CHUNK: tl.constexpr = TILE_TOKENS  # as many registers as a tile of values takes
+        whole = weigh_splits(partial_ptr, lse_ptr, first_row, used_splits, HEAD_SIZE, DIM_TILE, CHUNK)
+        tl.store(out_ptrs, whole, mask=dim_mask)
+
+
+class _Cut(NamedTuple):
+    """How a context is cut into programs."""
+
+    split_tokens: int
+    tile_tokens: int
+    num_stages: int
+    num_warps: int
+
+
+# 256 tokens of a 128-wide float16 head are 128 KB, about 5 us of one SM's share of an H100's memory. Tiles of K and V
+# are of 4 KB each in float16, two of them in flight, eight programs on an SM: 64 sequences of 288 tokens take 84 us, in
+# tiles of 32 on 4 warps 98; over int8 68 and 79 (H200).
+_MANY = _Cut(256, 16, 3, 2)
+# Fewer programs than keep an SM busy: a sequence of 192 tokens in splits of 256 takes 8.3 us, in these 7.5 (H200).
+_SOME = _Cut(64, 16, 3, 2)
+# One sequence or two: what counts is the time of one program, so a split is one tile.
+_FEW = _Cut(32, 32, 1, 4)
+# Pairs of a sequence and a head from which on a cut is best, for 132 SMs.
+MANY_VECTORS, SOME_VECTORS = 768, 192
+
+
+def _cut(num_vectors: int, is_batch_invariant: bool) -> _Cut:
+    if is_batch_invariant or num_vectors >= MANY_VECTORS:
+        return _MANY
+    return _SOME if num_vectors >= SOME_VECTORS else _FEW
+
+
+def decode_one_head(
+    qkv: torch.Tensor,
+    past_key_value: torch.Tensor,
+    position_ids: torch.Tensor,
+    context_lengths: torch.Tensor,
+    sequence_length: torch.Tensor,
+    block_tables: torch.Tensor,
+    key_value_scales: torch.Tensor | None,
+    out: torch.Tensor,
+    *,
+    step: StepShape,
+    q_scaling: float,
+    rules: RopeRules,
+    arrivals: Arrivals,
+    is_batch_invariant: bool,
+) -> None:
+    """Fill out[num_context_tokens:], the attention of the sequences from num_contexts on; the pool gains K and V."""
+    num_heads, head_size = out.shape[1:]
+    assert qkv.is_contiguous() and qkv.shape[1] == 3 * num_heads * head_size
+    decodes = step.batch_size - step.num_contexts
+    cut = _cut(decodes * num_heads, is_batch_invariant)
+    num_splits = triton.cdiv(step.max_sequence_length, cut.split_tokens)
+    if num_splits == 1:
+        partial = lse = out  # never read or written
+    else:
+        partial = torch.empty((decodes, num_heads, num_splits, head_size), dtype=torch.float32, device=qkv.device)
+        lse = torch.empty((decodes, num_heads, num_splits), dtype=torch.float32, device=qkv.device)
+    _decode_one_head[(decodes, num_heads, num_splits)](
+        qkv, past_key_value, key_value_scales, position_ids, context_lengths, sequence_length, block_tables,
+        out, partial, lse, arrivals.of(decodes * num_heads, qkv.device),
+        step.num_contexts, step.num_context_tokens, num_splits, block_tables.stride(0), *pool_strides(past_key_value),
+        math.log2(math.e) / (q_scaling * math.sqrt(head_size)),
+        NUM_HEADS=num_heads, HEAD_SIZE=head_size, DIM_TILE=padded_width(head_size),
+        TOKENS_PER_BLOCK=past_key_value.shape[3], **rules.constants,
+        SPLIT_TOKENS=cut.split_tokens, TILE_TOKENS=cut.tile_tokens, NUM_STAGES=cut.num_stages,
+        IS_INT8=key_value_scales is not None, OVERLAP=has_dependent_launch(qkv.device), num_warps=cut.num_warps,
+        maxnreg=128,  # of two warps each, eight programs share an SM
+    )  # fmt: skip
