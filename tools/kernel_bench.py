@@ -37,7 +37,7 @@ from tensorrt_llm.quantization import QuantMode  # noqa: E402
 from tensorrt_llm.runtime.session import pick_device, prepare_device  # noqa: E402
 from tensorrt_llm.runtime.stored_tactics import specs_of  # noqa: E402
 from tensorrt_llm.tuning import Bench, Measured, RandomCall, measure_matmuls, time_in_turns  # noqa: E402
-from tensorrt_llm.tuning.cold_timing import Op, copies_for  # noqa: E402
+from tensorrt_llm.tuning.cold_timing import Op, chain_of, copies_for  # noqa: E402
 
 MODES: dict[str, tuple[QuantMode, dict[str, Any]]] = {
     "fp16": (QuantMode(0), {}),
@@ -238,7 +238,7 @@ def attention_row(args: BenchArgs, name: str, step: StepShape, length: int, kv_d
     ops = [make_attention(args, step, length, kv_dtype, device) for _ in range(copies_for(pool_bytes, device))]
     for op in ops:
         op()
-    (seconds,) = time_in_turns([ops], device, args.rounds)
+    (seconds,) = time_in_turns([chain_of(ops, pool_bytes)], device, args.rounds)
     return Row(f"{kv_dtype} KV", name, "", seconds, moved, 4 * scores * head_size)
 
 

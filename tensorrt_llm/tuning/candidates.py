@@ -14,7 +14,7 @@ from ..kernels import Kernel, compile_errors, kernels_for
 from ..kernels.tactics import BUCKETS, LIBRARY, MatmulShape, Tactic, Tactics, bucket_of, candidates
 from ..plan import Plan
 from ..runtime.stored_tactics import matmuls_of, specs_of
-from .cold_timing import Op, copies_for, time_in_turns
+from .cold_timing import Op, chain_of, copies_for, time_in_turns
 from .random_call import Operands, RandomCall, relative_error
 
 logger = logging.getLogger(__name__)
@@ -95,7 +95,8 @@ class _Trial:
             if tactics[0] not in right:
                 why = unfit.get(tactics[0], "it is wrong")
                 raise ValueError(f"{self.name}, {tokens} tokens: the default tactic {tactics[0]} cannot be used: {why}")
-            seconds = self._bench.time([[self.op(tactic, tokens, copy) for copy in copies] for tactic in right])
+            ops = ([self.op(tactic, tokens, copy) for copy in copies] for tactic in right)
+            seconds = self._bench.time([chain_of(same, self.call.weight_bytes) for same in ops])
             yield Measured(
                 self.name, self.shape, tokens, self.call.moved_bytes(tokens), dict(zip(right, seconds, strict=True))
             )
