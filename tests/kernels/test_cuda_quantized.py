@@ -315,7 +315,7 @@ def test_sums_beyond_float16_are_finite(device: torch.device, tokens: int) -> No
     torch.testing.assert_close(got, wanted, rtol=1e-4 if tokens == 1 else 1e-5, atol=0)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="many large tiles are for the GPU")
+@pytest.mark.gpu
 def test_integer_sums_in_tiles_of_128_tokens(device: torch.device) -> None:
     """They are taken where they fill a GPU."""
     tokens, rows, depth = 200, 8320, 640
