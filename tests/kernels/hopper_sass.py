@@ -38,7 +38,7 @@ from tensorrt_llm.kernels.cuda.gated_mlp import silu_mul
 HOPPER = GPUTarget("cuda", 90, 32)
 POINTERS = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16",
-    torch.int32: "*i32", torch.int16: "*i16", torch.int8: "*i8",
+    torch.float64: "*fp64", torch.int32: "*i32", torch.int16: "*i16", torch.int8: "*i8",
 }  # fmt: skip
 KERNELS = (
     ("dense", "_stream_rows"),
