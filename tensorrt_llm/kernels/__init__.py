@@ -101,7 +101,7 @@ def compiler_starting(device: torch.device, folder: Path | None) -> Iterator[Non
 
 
 def compile_errors(device: torch.device) -> tuple[type[Exception], ...]:
-    """What the first call of a kernel raises that cannot be compiled for `device`: one with too large tiles, perhaps."""
+    """What the first call of a kernel raises that cannot be compiled for `device`, perhaps for too large tiles."""
     if device.type == "cpu":
         return ()
     from .cuda.compiled import TritonError  # imports triton
