@@ -7,12 +7,11 @@ at `first_token`, their sequences at `first_sequence`. K and V of earlier tokens
 table (kv_pool.py has the layout). The new token's are turned (rope_kv.py has the formula) and written there by the
 program that has the last split, which takes them from its registers: no program reads what another writes.
 
-A program takes one sequence, one head and one split of SPLIT_TOKENS tokens. Splits have one size, not one count, so a
-sequence's bits do not depend on the longest sequence of the step; they depend on whether it is one of few or of many,
-unless is_batch_invariant. With one split the result is final; otherwise each split leaves its normalised result and its
-log-sum-exp, and whichever program of a head is the last to arrive weighs them in order (splits.py). Only the counting
-of arrivals is atomic: who comes last changes no bit. Softmax is in float32 and in powers of two: log2(e) is folded into
-the scale.
+A program takes one sequence, one head and one split of SPLIT_TOKENS tokens. Splits have one size in a step, which
+depends on the number of sequences and, if they are few, on the longest one, unless is_batch_invariant. With one split
+the result is final; otherwise each split leaves its normalised result and its log-sum-exp, and whichever program of a
+head is the last to arrive weighs them in order (splits.py). Only the counting of arrivals is atomic: who comes last
+changes no bit. Softmax is in float32 and in powers of two: log2(e) is folded into the scale.
 """
 
 # mypy: allow-untyped-defs
@@ -198,17 +197,22 @@ class _Cut(NamedTuple):
 _MANY = _Cut(256, 16, 3, 2)
 # Fewer programs than keep an SM busy: a sequence of 192 tokens in splits of 256 takes 8.3 us, in these 7.5 (H200).
 _SOME = _Cut(64, 16, 3, 2)
-# One sequence or a few: what counts is the time of one program, so a split is one tile. A layer of one sequence of 170
-# tokens takes 0.6 us less than with tiles of 32 tokens on 4 warps, and 1.3 less than with tiles of 64 (H100).
-_FEW = _Cut(16, 16, 1, 2)
+# One sequence or a few: what counts is the time of one program, so a split is one tile. Of a 7B model's layer the first
+# saves 1.3 us for a sequence of 170 tokens, beside the second, and costs 3.5 for one of 1070: many splits take long to
+# be weighed (H100).
+_FEW_SHORT = _Cut(16, 16, 1, 2)
+_FEW_LONG = _Cut(64, 64, 1, 4)
+_SHORT_TOKENS = 512
 # Pairs of a sequence and a head from which on a cut is best, for 132 SMs.
 MANY_VECTORS, SOME_VECTORS = 768, 192
 
 
-def _cut(num_vectors: int, is_batch_invariant: bool) -> _Cut:
+def _cut(num_vectors: int, max_length: int, is_batch_invariant: bool) -> _Cut:
     if is_batch_invariant or num_vectors >= MANY_VECTORS:
         return _MANY
-    return _SOME if num_vectors >= SOME_VECTORS else _FEW
+    if num_vectors >= SOME_VECTORS:
+        return _SOME
+    return _FEW_SHORT if max_length <= _SHORT_TOKENS else _FEW_LONG
 
 
 def decode_one_head(
@@ -232,7 +236,7 @@ def decode_one_head(
     num_heads, head_size = out.shape[1:]
     assert qkv.is_contiguous() and qkv.shape[1] == 3 * num_heads * head_size
     decodes = step.batch_size - step.num_contexts
-    cut = _cut(decodes * num_heads, is_batch_invariant)
+    cut = _cut(decodes * num_heads, step.max_sequence_length, is_batch_invariant)
     num_splits = triton.cdiv(step.max_sequence_length, cut.split_tokens)
     if num_splits == 1:
         partial = lse = out  # never read or written

@@ -32,21 +32,21 @@ def block_size(shape: MatmulShape) -> int:
 
 
 def heuristic(shape: MatmulShape, tokens: int) -> Tactic:
-    """By times at the shapes of a 7B model.
-
-    Ten layers take 2 to 6 % less time with 264 programs at least than with 528, but for int8 at 8 tokens (H100).
-    """
+    """By times at the shapes of a 7B model on an H100: tools/kernel_bench.py, and ten layers in a row."""
     if tokens > _MOST_TOKENS_UNPACKED or shape.dtype == torch.float32:
         return WIDENED
     if tokens == 1 and shape.depth % 2 == 0:
         stream = _stream(shape, 8 if shape.depth * shape.bits <= 16384 else 4, 1)
         return replace(stream, way="resident") if _fits_registers(shape) else stream
+    is_int4 = shape.bits == 4
     if tokens <= 8:
         # Tiles of 32 rows are too few for wgmma, so that a dot does not wait for the one before.
-        return _tiles(shape, tokens, 8, 32, 5, 2, wanted_programs=264 if shape.bits == 4 else 528)
+        return _tiles(shape, tokens, 8, 32, 5, 2, wanted_programs=768 if is_int4 else 528, most_splits=4)
     token_tile = min(next_power_of_2(tokens), 64)
-    num_stages = 3 if shape.bits == 4 or token_tile > 32 else 5
-    return _tiles(shape, tokens, token_tile, 64, num_stages, 4, wanted_programs=264)
+    num_stages = 3 if is_int4 else 4 if token_tile > 32 else 5
+    return _tiles(
+        shape, tokens, token_tile, 64, num_stages, 4, wanted_programs=264 if is_int4 else 384, most_splits=4
+    )
 
 
 # Two programs of 16 rows on each of 132 SMs, and bytes of a row that leave their registers room.
@@ -80,11 +80,12 @@ def _tiles(
     num_stages: int,
     num_warps: int,
     wanted_programs: int,
+    most_splits: int = 16,
 ) -> Tactic:
     """Where rows are too few for the programs that are wanted, each is divided into pieces of four blocks or more."""
     tiles = -(-tokens // token_tile) * -(-shape.rows // row_tile)
     num_blocks = -(-shape.depth // block_size(shape))
-    num_splits = max(1, min(wanted_programs // max(tiles, 1), num_blocks // 4))
+    num_splits = max(1, min(wanted_programs // max(tiles, 1), num_blocks // 4, most_splits))
     # What is left when every split has the same number of blocks, but for the last.
     num_splits = -(-num_blocks // -(-num_blocks // num_splits))
     return Tactic("tiles", token_tile, row_tile, 0, num_stages, num_warps, num_splits)
