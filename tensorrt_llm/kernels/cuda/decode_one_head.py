@@ -27,7 +27,7 @@ import triton.language as tl
 from ..step import StepShape
 from .int8_rows import quantize_rows
 from .kv_pool import load_scales, padded_width, pool_strides, token_offsets
-from .overlap import has_dependent_launch, start_next
+from .overlap import has_dependent_launch, start_next, wait_for_previous
 from .rope_kv import RopeRules, logn_factor, rotary_partner, rotation
 from .splits import LOWEST, Arrivals, weigh_splits
 
@@ -67,6 +67,20 @@ def _attend(
     return new_top, total, result
 
 
+@triton.jit
+def _load_new(
+    row_ptr, dims, mask, partner, NUM_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr
+):  # fmt: skip
+    """(q, q of the partners, key, key of the partners, value) of the new token, float32."""
+    key_ptr, value_ptr = row_ptr + NUM_HEADS * HEAD_SIZE, row_ptr + 2 * NUM_HEADS * HEAD_SIZE
+    q = tl.load(row_ptr + dims, mask=mask, other=0.0).to(tl.float32)
+    q_partner = tl.load(row_ptr + partner, mask=mask, other=0.0).to(tl.float32)
+    key = tl.load(key_ptr + dims, mask=mask, other=0.0).to(tl.float32)
+    key_partner = tl.load(key_ptr + partner, mask=mask, other=0.0).to(tl.float32)
+    value = tl.load(value_ptr + dims, mask=mask, other=0.0).to(tl.float32)
+    return q, q_partner, key, key_partner, value
+
+
 @triton.jit(
     do_not_specialize=["first_sequence", "first_token", "num_splits", "table_stride"],
     do_not_specialize_on_alignment=[
@@ -81,7 +95,7 @@ def _decode_one_head(
     NUM_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, DIM_TILE: tl.constexpr, TOKENS_PER_BLOCK: tl.constexpr,
     ROTARY_DIM: tl.constexpr, NTK_LENGTH: tl.constexpr, LOGN_LENGTH: tl.constexpr,
     SPLIT_TOKENS: tl.constexpr, TILE_TOKENS: tl.constexpr, NUM_STAGES: tl.constexpr,
-    IS_INT8: tl.constexpr, OVERLAP: tl.constexpr,
+    IS_INT8: tl.constexpr, IS_EARLY: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """No dot: 15 of 16 rows of a tensor core tile would be padding.
 
@@ -96,17 +110,13 @@ def _decode_one_head(
     dim_mask = dims < HEAD_SIZE
     partner = rotary_partner(dims, ROTARY_DIM)
 
-    # What waits for nothing is asked for first, and all at once: alone, a program's time is the sum of its waits.
+    # What waits for nothing is asked for first, and all at once: alone, a program's time is the sum of its waits. Only
+    # the new token is younger than the kernel before: earlier ones are in the pool since earlier steps.
     length = tl.load(sequence_length_ptr + sequence)
     position = tl.load(position_ids_ptr + token)
     row_ptr = qkv_ptr + (token * (3 * NUM_HEADS) + head) * HEAD_SIZE
-    q = tl.load(row_ptr + dims, mask=dim_mask, other=0.0).to(tl.float32)
-    q_partner = tl.load(row_ptr + partner, mask=dim_mask, other=0.0).to(tl.float32)
-    row_ptr += NUM_HEADS * HEAD_SIZE
-    key = tl.load(row_ptr + dims, mask=dim_mask, other=0.0).to(tl.float32)
-    key_partner = tl.load(row_ptr + partner, mask=dim_mask, other=0.0).to(tl.float32)
-    row_ptr += NUM_HEADS * HEAD_SIZE
-    value = tl.load(row_ptr + dims, mask=dim_mask, other=0.0).to(tl.float32)[None, :]
+    if not IS_EARLY:
+        q, q_partner, key, key_partner, value = _load_new(row_ptr, dims, dim_mask, partner, NUM_HEADS, HEAD_SIZE)
     table_ptr = block_tables_ptr + sequence.to(tl.int64) * table_stride
     if IS_ONE_TILE:
         positions = start + tl.arange(0, TILE_TOKENS)
@@ -126,6 +136,9 @@ def _decode_one_head(
     slot = token_offsets(table_ptr, position, position >= 0, block_stride, token_stride, TOKENS_PER_BLOCK)
 
     cosine, sine = rotation(position, context_lengths_ptr, sequence, turns_ptr, dims, ROTARY_DIM, NTK_LENGTH)
+    if IS_EARLY:
+        wait_for_previous(True)
+        q, q_partner, key, key_partner, value = _load_new(row_ptr, dims, dim_mask, partner, NUM_HEADS, HEAD_SIZE)
     q = (q * cosine + q_partner * sine) * scale
     if LOGN_LENGTH > 0:
         q *= logn_factor(position, LOGN_LENGTH)
@@ -147,13 +160,13 @@ def _decode_one_head(
         turned = (key * cosine + key_partner * sine)[None, :]
         if IS_INT8:
             new_key, new_key_scale = quantize_rows(turned)
-            new_value, new_value_scale = quantize_rows(value)
+            new_value, new_value_scale = quantize_rows(value[None, :])
             scale_ptrs = scales_ptr + slot // HEAD_SIZE + tl.zeros([1, 1], tl.int32)
             tl.store(scale_ptrs, new_key_scale)
             tl.store(scale_ptrs + value_stride // HEAD_SIZE, new_value_scale)
             new_key_scale, new_value_scale = tl.sum(new_key_scale, axis=1), tl.sum(new_value_scale, axis=1)
         else:
-            new_key, new_value = turned.to(pool_ptr.dtype.element_ty), value.to(pool_ptr.dtype.element_ty)
+            new_key, new_value = turned.to(pool_ptr.dtype.element_ty), value[None, :].to(pool_ptr.dtype.element_ty)
             new_key_scale, new_value_scale = 1.0, 1.0
         tl.store(keys_ptr + slot + dims[None, :], new_key, mask=dim_mask[None, :])
         tl.store(keys_ptr + slot + value_stride + dims[None, :], new_value, mask=dim_mask[None, :])
@@ -189,6 +202,7 @@ class _Cut(NamedTuple):
     tile_tokens: int
     num_stages: int
     num_warps: int
+    is_early: bool = False  # overlap.py has what that means
 
 
 # 256 tokens of a 128-wide float16 head are 128 KB, about 5 us of one SM's share of an H100's memory. Tiles of K and V
@@ -243,6 +257,8 @@ def decode_one_head(
     else:
         partial = torch.empty((decodes, num_heads, num_splits, head_size), dtype=torch.float32, device=qkv.device)
         lse = torch.empty((decodes, num_heads, num_splits), dtype=torch.float32, device=qkv.device)
+    can_overlap = has_dependent_launch(qkv.device)
+    is_early = can_overlap and cut.is_early
     _decode_one_head[(decodes, num_heads, num_splits)](
         qkv, past_key_value, key_value_scales, turns, position_ids, context_lengths, sequence_length, block_tables,
         out, partial, lse, arrivals.of(decodes * num_heads, qkv.device),
@@ -251,6 +267,6 @@ def decode_one_head(
         NUM_HEADS=num_heads, HEAD_SIZE=head_size, DIM_TILE=padded_width(head_size),
         TOKENS_PER_BLOCK=past_key_value.shape[3], **rules.constants,
         SPLIT_TOKENS=cut.split_tokens, TILE_TOKENS=cut.tile_tokens, NUM_STAGES=cut.num_stages,
-        IS_INT8=key_value_scales is not None, OVERLAP=has_dependent_launch(qkv.device), num_warps=cut.num_warps,
-        maxnreg=128,  # of two warps each, eight programs share an SM
+        IS_INT8=key_value_scales is not None, IS_EARLY=is_early, OVERLAP=can_overlap, launch_pdl=is_early,
+        num_warps=cut.num_warps, maxnreg=128,  # of two warps each, eight programs share an SM
     )  # fmt: skip
