@@ -214,7 +214,7 @@ _SOME = _Cut(64, 16, 3, 2)
 # One sequence or a few: what counts is the time of one program, so a split is one tile. Of a 7B model's layer the first
 # saves 1.3 us for a sequence of 170 tokens, beside the second, and costs 3.5 for one of 1070: many splits take long to
 # be weighed (H100).
-_FEW_SHORT = _Cut(16, 16, 1, 2)
+_FEW_SHORT = _Cut(16, 16, 1, 2, is_early=True)
 _FEW_LONG = _Cut(64, 64, 1, 4)
 _SHORT_TOKENS = 512
 # Pairs of a sequence and a head from which on a cut is best, for 132 SMs.
