@@ -9,7 +9,7 @@ canonical layout ([out, in] for matrices); kernels make their own layouts at loa
     header_sha256            SHA-256 of the header with this digest written as zeros
 
 so a flipped bit anywhere is found, and found before anything is used (weights: weight_file.py). No code, no pickle.
-Knows no kernel.
+What a GPU measured, and may measure later, lies in a file of its own beside it: timings.py. Knows no kernel.
 
 [1] https://github.com/huggingface/safetensors, section "Format".
 """

@@ -12,7 +12,7 @@ import signal
 import struct
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import Any
 from .engine import Engine, EngineConfig
 from .plan import Plan, TensorSpec
 from .quantization.mode import QuantMode
+from .timings import GpuTimings, MatmulTiming, read_timings
 
 _COMMAND = "python -m tensorrt_llm.inspect"
 # The dtypes that quantized weights are stored in; int4 lies two to a byte.
@@ -35,14 +36,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         files, engine = open_files(args.engine)
+        timings = read_timings(files[0].path.parent)
     except ValueError as error:
         print(f"{_COMMAND}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     if args.json:
         plan = {"plan": engine.plan.to_dict()} if args.plan else {}
-        print(json.dumps(facts_of(engine, files) | plan, indent=2))
+        print(json.dumps(facts_of(engine, files, timings) | plan, indent=2))
     else:
-        print(describe(engine, files))
+        print(describe(engine, files, timings))
         if args.plan:
             print(f"\n{engine.plan}")
     return 0
@@ -149,7 +151,7 @@ def group_sizes(plan: Plan) -> list[int]:
     return sorted({size for _, size in quantized_formats(plan).values() if size})
 
 
-def facts_of(engine: Engine, files: Sequence[EngineFile]) -> dict[str, Any]:
+def facts_of(engine: Engine, files: Sequence[EngineFile], timings: Mapping[str, GpuTimings]) -> dict[str, Any]:
     """All that is known, for JSON."""
     return {
         "files": [asdict(file) | {"path": str(file.path)} for file in files],
@@ -159,10 +161,11 @@ def facts_of(engine: Engine, files: Sequence[EngineFile]) -> dict[str, Any]:
         "weight_bytes": engine.weight_bytes,
         "weights": [asdict(kind) | {"num_bytes": kind.num_bytes} for kind in weight_kinds(engine.plan)],
         "nodes": _node_counts(engine.plan),
+        "tactics": {gpu: section.to_dict() for gpu, section in timings.items()},
     }
 
 
-def describe(engine: Engine, files: Sequence[EngineFile]) -> str:
+def describe(engine: Engine, files: Sequence[EngineFile], timings: Mapping[str, GpuTimings]) -> str:
     """The same for a person."""
     config, limits = engine.config, engine.config.limits
     features = [name for name, has in (("dynamic NTK", config.use_dynamic_ntk), ("log-n", config.use_logn_attn)) if has]
@@ -191,12 +194,32 @@ def describe(engine: Engine, files: Sequence[EngineFile]) -> str:
         "Accuracy": [accuracy_of(config), *_worst_layers(config)],
         "Weights": [f"{engine.weight_bytes:,} bytes", *_weight_table(engine.plan)],
         "Nodes": [str(len(engine.plan.nodes)), *_node_table(engine.plan)],
+        "Tactics": [line for gpu, section in timings.items() for line in _tactic_lines(gpu, section)]
+        or ["not timed, heuristics choose: build.py --tune"],
     }
     return "\n".join(
         f"{title if index == 0 else '':<10}{line}"
         for title, lines in sections.items()
         for index, line in enumerate(lines)
     )
+
+
+def _tactic_lines(gpu: str, section: GpuTimings) -> list[str]:
+    """What is taken on a GPU, and the best that was not."""
+    table = _columns([_tactic_cells(timing) for timing in section.timings])
+    return [f"{gpu}: {len(section.timings)} timed with {section.software}", *table]
+
+
+def _tactic_cells(timing: MatmulTiming) -> list[str]:
+    rival = timing.best_rival
+    return [
+        f"{timing.op} {timing.rows} x {timing.depth}",
+        f"{timing.tokens} tokens",
+        f"{timing.winner}" + ("" if timing.winner == timing.heuristic else f" (for {timing.heuristic})"),
+        f"{timing.microseconds[timing.winner]:.1f} us",
+        f"{timing.bytes_per_second / 1e9:.0f} GB/s",
+        f"before {rival}, {timing.microseconds[rival]:.1f} us" if rival else "",
+    ]
 
 
 def _worst_layers(config: EngineConfig) -> list[str]:

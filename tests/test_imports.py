@@ -53,7 +53,9 @@ ALLOWED = {
     "quantization.gptq": {"quantization.grid", "quantization.quantize"},
     "quantization.awq": {"quantization.grid", "quantization.quantize"},
     "quantization.calibrate": {"dtype", "engine", "runtime"},
-    "inspect": {"engine", "plan", "quantization.mode"},
+    "inspect": {"engine", "plan", "quantization.mode", "timings"},
+    "timings": set(),
+    "tuning": {"dtype", "engine", "kernels", "plan", "runtime", "timings"},
     "weight_file": {"dtype", "plan"},
     "functional": {"dtype", "network"},
     "parameter": {"dtype", "network"},
@@ -64,7 +66,7 @@ ALLOWED = {
     "engine": {"disk", "dtype", "limits", "plan", "quantization.mode", "verdict", "weight_file"},
     "builder": {"engine", "limits", "mapping", "network", "parameter", "passes", "quantization.mode"},
     "kernels": {"dtype", "quantization.quantize"},
-    "runtime": {"dtype", "engine", "kernels", "limits", "plan", "tokenizer", "verdict", "weight_file"},
+    "runtime": {"dtype", "engine", "kernels", "limits", "plan", "timings", "tokenizer", "verdict", "weight_file"},
 }
 # Imports inside a function, made for a reason that the function states.
 LATE = {

@@ -29,7 +29,7 @@ from table import markdown_table  # noqa: E402
 
 from tensorrt_llm import Limits  # noqa: E402
 from tensorrt_llm.dtype import PRECISIONS, torch_dtype  # noqa: E402
-from tensorrt_llm.kernels import StepShape, kernels_for  # noqa: E402
+from tensorrt_llm.kernels import Kernel, StepShape, kernels_for  # noqa: E402
 from tensorrt_llm.kernels.tactics import BUCKETS  # noqa: E402
 from tensorrt_llm.models import QWenConfig, QWenForCausalLM, quantize_model  # noqa: E402
 from tensorrt_llm.plan import Plan, PlanNode  # noqa: E402
@@ -37,7 +37,7 @@ from tensorrt_llm.quantization import QuantMode  # noqa: E402
 from tensorrt_llm.runtime.session import pick_device, prepare_device  # noqa: E402
 from tensorrt_llm.runtime.stored_tactics import specs_of  # noqa: E402
 from tensorrt_llm.tuning import Bench, Measured, RandomCall, measure_matmuls, time_in_turns  # noqa: E402
-from tensorrt_llm.tuning.cold_timing import Op, copies_for  # noqa: E402
+from tensorrt_llm.tuning.cold_timing import Op, chain_of, copies_for  # noqa: E402
 
 MODES: dict[str, tuple[QuantMode, dict[str, Any]]] = {
     "fp16": (QuantMode(0), {}),
@@ -47,7 +47,7 @@ MODES: dict[str, tuple[QuantMode, dict[str, Any]]] = {
     "w8a8": (QuantMode.use_smooth_quant(per_token=True, per_channel=True), {}),
 }
 PARTS = ("matmuls", "small", "decode", "prefill")
-SMALL_OPS = ("rms_norm", "add_rms_norm", "quantize_per_token")
+SMALL_OPS = ("rms_norm", "add_rms_norm", "rms_norm_quantize", "add_rms_norm_quantize", "quantize_per_token")
 TOKENS_PER_BLOCK = 64
 
 
@@ -235,14 +235,18 @@ def attention_row(args: BenchArgs, name: str, step: StepShape, length: int, kv_d
     moved = pool_bytes + step.num_tokens * (2 * heads + 2 * kv_heads) * head_size * dtype.itemsize
     new = step.num_tokens // step.batch_size
     scores = step.batch_size * heads * sum(range(length - new + 1, length + 1))
-    ops = [make_attention(args, step, length, kv_dtype, device) for _ in range(copies_for(pool_bytes, device))]
+    kernel = kernels_for(device)["gpt_attention"]
+    copies = range(copies_for(pool_bytes, device))
+    ops = [make_attention(args, kernel, step, length, kv_dtype, device) for _ in copies]
     for op in ops:
         op()
-    (seconds,) = time_in_turns([ops], device, args.rounds)
+    (seconds,) = time_in_turns([chain_of(ops, pool_bytes)], device, args.rounds)
     return Row(f"{kv_dtype} KV", name, "", seconds, moved, 4 * scores * head_size)
 
 
-def make_attention(args: BenchArgs, step: StepShape, length: int, kv_dtype: str, device: torch.device) -> Op:
+def make_attention(
+    args: BenchArgs, kernel: Kernel, step: StepShape, length: int, kv_dtype: str, device: torch.device
+) -> Op:
     """The op on a pool of its own, the blocks in random order."""
     heads, kv_heads = args.num_heads, args.num_kv_heads or args.num_heads
     head_size, dtype = args.hidden_size // heads, torch_dtype(args.dtype)
@@ -260,7 +264,7 @@ def make_attention(args: BenchArgs, step: StepShape, length: int, kv_dtype: str,
     lengths = torch.full((step.batch_size,), length, dtype=torch.int32, device=device)
     qkv = torch.randn(step.num_tokens, (heads + 2 * kv_heads) * head_size, dtype=dtype, device=device)
     return partial(
-        kernels_for(device)["gpt_attention"].run,
+        kernel.run,
         qkv, pool, positions, starts, lengths, lengths, tables, scales, step=step, num_heads=heads,
         num_kv_heads=kv_heads, head_size=head_size, q_scaling=1.0, rotary_base=10000.0, rotary_dim=head_size,
         ntk_length=8192, logn_length=8192,

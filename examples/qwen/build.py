@@ -4,6 +4,10 @@
 
 Weights stream from the checkpoint's shards into the engine file tensor by tensor: host memory stays at a few tensors,
 whatever the model's size. No GPU is needed, and the engine runs on CUDA and on the CPU alike.
+
+    python build.py --tune --output_dir engines/7b
+
+times on this machine's GPU how the engine in that folder multiplies best; with a checkpoint, right after the build.
 """
 
 import multiprocessing
@@ -22,7 +26,7 @@ from pathlib import Path
 # A bare checkout works too, as on a GPU machine where nothing is installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from command_line import run_script  # noqa: E402
+from command_line import ArgumentError, run_script  # noqa: E402
 from compiling.accuracy import Examination, accuracy_text, gate_for  # noqa: E402
 from compiling.args import BuildArgs  # noqa: E402
 from compiling.estimate import Estimate  # noqa: E402
@@ -34,6 +38,8 @@ from tqdm import tqdm  # noqa: E402
 from tensorrt_llm import Builder, Engine  # noqa: E402
 from tensorrt_llm.disk import check_room, gib  # noqa: E402
 from tensorrt_llm.runtime.session import pick_device  # noqa: E402
+from tensorrt_llm.timings import FILE_NAME as TIMINGS_FILE  # noqa: E402
+from tensorrt_llm.tuning import Measured, tune  # noqa: E402
 from tensorrt_llm.verdict import Verdict  # noqa: E402
 
 
@@ -41,6 +47,11 @@ def main(args: BuildArgs) -> None:
     started = time.monotonic()
     if args.max_beam_width != 1:
         raise ValueError(f"--max_beam_width is {args.max_beam_width}, expected 1: beam search is not supported yet")
+    if args.tune:
+        check_tunable(args)
+    if args.tune and args.hf_model_dir is None:
+        tune_engine(args)
+        return
     args.mapping(rank=0)  # refuses sizes that do not add up, before anything is made for each rank
     source = WeightSource.open(args)
     engines = [source.engine(rank) for rank in range(args.world_size)]
@@ -61,8 +72,12 @@ def main(args: BuildArgs) -> None:
         Builder.save_config(engines[0].config, staging / "config.json")
         if args.visualize:
             write_networks(engines, staging)
+        # Timings of the engine that was there before, which may have had other shapes.
+        (args.output_dir / TIMINGS_FILE).unlink(missing_ok=True)
         publish(staging, args.output_dir)
     print_summary(args.output_dir, engines, time.monotonic() - started)
+    if args.tune:
+        tune_engine(args)
 
 
 def judge(source: WeightSource) -> Verdict | None:
@@ -76,7 +91,7 @@ def judge(source: WeightSource) -> Verdict | None:
     text = accuracy_text(
         args.accuracy_text,
         source.calibration_ids,
-        args.hf_model_dir,
+        args.checkpoint_dir,
         source.config.vocab_size,
         args.accuracy_tokens,
     )
@@ -136,6 +151,31 @@ def build_rank(args: BuildArgs, verdict: Verdict | None, rank: int, folder: Path
     engine = WeightSource.open(args).engine(rank)
     engine.config = replace(engine.config, verdict=verdict)
     save_engine(engine, folder)
+
+
+def check_tunable(args: BuildArgs) -> None:
+    if pick_device(args.device).type != "cuda":
+        raise ArgumentError(
+            "--tune times kernels on a GPU, and there is none that torch can use; build without it, and run "
+            "build.py --tune --output_dir DIR where the engine will run"
+        )
+
+
+def tune_engine(args: BuildArgs) -> None:
+    """Of the engine's ranks, which all have matmuls of the same shapes, one is timed."""
+    started = time.monotonic()
+    engine = Engine.from_dir(args.output_dir, check_weights=False)
+    if engine.config.batch_invariant:
+        print("Nothing to tune: a batch-invariant engine multiplies in one way for all steps")
+        return
+    with tqdm(unit=" timed", desc="tactics") as bar:
+
+        def on_measured(measured: Measured) -> None:
+            bar.update(len(measured.seconds))
+            bar.set_postfix_str(f"{measured.name}, {measured.tokens} tokens", refresh=False)
+
+        tuning = tune(engine, pick_device(args.device), on_measured)
+    print(f"Tuned in {time.monotonic() - started:.1f} s: {tuning}")
 
 
 def write_networks(engines: list[Engine], folder: Path) -> None:

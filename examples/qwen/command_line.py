@@ -48,6 +48,10 @@ def log_level_flag(default: str) -> Any:
     return flag(default, help="how much to log on stderr", choices=tuple(_LOG_LEVELS))
 
 
+class ArgumentError(ValueError):
+    """Bad arguments that the parser cannot see; they end the process with code 2, as those that it sees."""
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line and code 2; argparse would print the whole usage first."""
@@ -103,7 +107,7 @@ def run_script(main: Callable[[Args], int | None], cls: type[Args], description:
         sys.exit(main(args) or 0)
     except (ValueError, OSError) as error:
         print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(2 if isinstance(error, ArgumentError) else 1)
     except torch.OutOfMemoryError as error:
         first_line = str(error).splitlines()[0]
         print(f"{name}: error: the device has too little memory for this engine: {first_line}", file=sys.stderr)

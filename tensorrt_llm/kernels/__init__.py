@@ -101,9 +101,9 @@ def compiler_starting(device: torch.device, folder: Path | None) -> Iterator[Non
 
 
 def compile_errors(device: torch.device) -> tuple[type[Exception], ...]:
-    """What the first call of a kernel raises that `device` cannot run: one with too large tiles, for example."""
+    """What the first call of a kernel raises that cannot be compiled for `device`, perhaps for too large tiles."""
     if device.type == "cpu":
         return ()
     from .cuda.compiled import TritonError  # imports triton
 
-    return (TritonError,)
+    return TritonError, RuntimeError

@@ -14,10 +14,13 @@ from ..kernels import Kernel, compile_errors, kernels_for
 from ..kernels.tactics import BUCKETS, LIBRARY, MatmulShape, Tactic, Tactics, bucket_of, candidates
 from ..plan import Plan
 from ..runtime.stored_tactics import matmuls_of, specs_of
-from .cold_timing import Op, copies_for, time_in_turns
+from .cold_timing import Op, chain_of, copies_for, time_in_turns
 from .random_call import Operands, RandomCall, relative_error
 
 logger = logging.getLogger(__name__)
+
+# The compiler holds Python's lock for a tenth to a fifth of its time: more threads would only wait for each other.
+_MOST_THREADS = 24
 
 
 @dataclass(frozen=True)
@@ -75,12 +78,12 @@ class _Trial:
         kernel = self._bench.kernels(Tactics({(self.shape, tokens): tactic}))[self.call.op]
         return partial(self.call.run, kernel, tokens, weights)
 
-    def by_kernel(self) -> list[dict[Tactic, int]]:
-        """Each tactic with the fewest tokens that it is a candidate for; those that differ in splits share kernels."""
-        groups: dict[Tactic, dict[Tactic, int]] = {}
+    def by_kernel(self) -> list[list[tuple[Tactic, int]]]:
+        """All candidates, those together that share kernels: others in the number of tokens, or of splits."""
+        groups: dict[Tactic, list[tuple[Tactic, int]]] = {}
         for tokens, tactics in self.tactics.items():
             for tactic in tactics:
-                groups.setdefault(replace(tactic, num_splits=0), {}).setdefault(tactic, tokens)
+                groups.setdefault(replace(tactic, num_splits=0), []).append((tactic, tokens))
         return list(groups.values())
 
     def measure(self, unfit: Mapping[Tactic, str]) -> Iterator[Measured]:
@@ -95,7 +98,8 @@ class _Trial:
             if tactics[0] not in right:
                 why = unfit.get(tactics[0], "it is wrong")
                 raise ValueError(f"{self.name}, {tokens} tokens: the default tactic {tactics[0]} cannot be used: {why}")
-            seconds = self._bench.time([[self.op(tactic, tokens, copy) for copy in copies] for tactic in right])
+            ops = ([self.op(tactic, tokens, copy) for copy in copies] for tactic in right)
+            seconds = self._bench.time([chain_of(same, self.call.weight_bytes) for same in ops])
             yield Measured(
                 self.name, self.shape, tokens, self.call.moved_bytes(tokens), dict(zip(right, seconds, strict=True))
             )
@@ -136,10 +140,7 @@ def _trials(plan: Plan, most_tokens: Mapping[str, int], bench: Bench, only: Coll
 
 
 def _compile(trials: Sequence[_Trial], bench: Bench) -> dict[_Trial, dict[Tactic, str]]:
-    """Run every candidate once, on threads, as the compiler lets others run; for each trial what fails, and why.
-
-    Kernels are not compiled anew for other numbers of tokens.
-    """
+    """Run every candidate once, on threads, as the compiler lets others run; for each trial what fails, and why."""
 
     def enter() -> None:
         if bench.device.type == "cuda":
@@ -148,8 +149,8 @@ def _compile(trials: Sequence[_Trial], bench: Bench) -> dict[_Trial, dict[Tactic
 
     unfit: dict[_Trial, dict[Tactic, str]] = {trial: {} for trial in trials}
 
-    def run_group(trial: _Trial, group: dict[Tactic, int]) -> None:
-        for tactic, tokens in group.items():
+    def run_group(trial: _Trial, group: list[tuple[Tactic, int]]) -> None:
+        for tactic, tokens in group:
             try:
                 with torch.inference_mode():
                     trial.op(tactic, tokens, trial.weights)()
@@ -157,7 +158,7 @@ def _compile(trials: Sequence[_Trial], bench: Bench) -> dict[_Trial, dict[Tactic
                 logger.warning("%s: %s does not fit on %s: %s", trial.name, tactic, bench.device, error)
                 unfit[trial][tactic] = str(error)
 
-    workers = os.cpu_count() if bench.device.type == "cuda" else 1
+    workers = min(os.cpu_count() or 1, _MOST_THREADS) if bench.device.type == "cuda" else 1
     with ThreadPoolExecutor(workers, initializer=enter) as pool:
         runs = [pool.submit(run_group, trial, group) for trial in trials for group in trial.by_kernel()]
         for run in runs:

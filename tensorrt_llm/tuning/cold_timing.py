@@ -13,19 +13,27 @@ import torch
 
 Op = Callable[[], object]
 
-# The weights of a chain, in times of the L2: nothing of the last round is left.
+# The weights of a chain, in times of the L2: nothing is left of a copy when its turn comes again.
 _TIMES_L2 = 3
 # A weight of several times the L2 throws itself out, but for what the next op begins with.
 _LEAST_COPIES, _MOST_COPIES = 2, 100
+# The start of a graph takes microseconds: a chain goes through its copies until it has so many ops, or reads so much.
+_LEAST_OPS, _MOST_BYTES = 20, 2 << 30
 _CPU_COPIES = 2
 
 
 def copies_for(weight_bytes: int, device: torch.device) -> int:
-    """How many copies of an op with so large a weight make a chain."""
+    """How many copies of a weight, or whatever else an op reads from memory, a chain needs."""
     if device.type == "cpu":
         return _CPU_COPIES
     l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
     return min(max(_LEAST_COPIES, -(-_TIMES_L2 * l2_bytes // max(weight_bytes, 1))), _MOST_COPIES)
+
+
+def chain_of(copies: Sequence[Op], weight_bytes: int) -> list[Op]:
+    """The ops of a chain: all copies, once or again and again."""
+    ops = min(_LEAST_OPS, _MOST_BYTES // max(weight_bytes, 1))
+    return list(copies) * max(1, -(-ops // len(copies)))
 
 
 def time_in_turns(chains: Sequence[Sequence[Op]], device: torch.device, rounds: int = 10) -> list[float]:

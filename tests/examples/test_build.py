@@ -43,8 +43,9 @@ def qwen2(tmp_path: Path) -> Path:
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """build.py in this process, writing to tmp_path/engine by default: (exit code, stdout, stderr without the bar)."""
 
-    def run_build(checkpoint: Path, *flags: object, output: Path = tmp_path / "engine") -> tuple[int, str, str]:
-        argv = ["build.py", "--hf_model_dir", checkpoint, "--output_dir", output, *SMALL, *flags]
+    def run_build(checkpoint: Path | None, *flags: object, output: Path = tmp_path / "engine") -> tuple[int, str, str]:
+        source = () if checkpoint is None else ("--hf_model_dir", checkpoint)
+        argv = ["build.py", *source, "--output_dir", output, *SMALL, *flags]
         monkeypatch.setattr(sys, "argv", list(map(str, argv)))
         with pytest.raises(SystemExit) as caught:
             run_script(build.main, BuildArgs, None)
@@ -266,6 +267,59 @@ def test_an_argument_that_is_no_argument_is_code_2(
     run: Run, qwen1: Path, flags: tuple[str, ...], words: tuple[str, ...]
 ) -> None:
     assert_refused(run(qwen1, *flags), *words, code=2)
+
+
+def test_a_build_without_a_checkpoint_is_code_2(run: Run, tmp_path: Path) -> None:
+    assert_refused(run(None), "--hf_model_dir is missing", "only --tune", code=2)
+    assert files(tmp_path) == []
+
+
+# Tuned
+
+
+@pytest.fixture
+def tuned(monkeypatch: pytest.MonkeyPatch) -> list[Path | None]:
+    """The engines that are tuned, on a GPU that is not there."""
+    engines: list[Path | None] = []
+
+    def tune(engine: Engine, device: torch.device, on_measured: Callable[..., None]) -> str:
+        engines.append(engine.path)
+        return "5 tactics timed"
+
+    monkeypatch.setattr(build, "tune", tune)
+    monkeypatch.setattr(build, "pick_device", lambda name: torch.device("cuda", 0))
+    return engines
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without a GPU")
+def test_tuning_without_a_gpu_is_code_2_and_nothing_is_built(run: Run, qwen1: Path, tmp_path: Path) -> None:
+    before = files(tmp_path)
+    for checkpoint in (qwen1, None):
+        assert_refused(run(checkpoint, "--tune"), "--tune times kernels on a GPU", "there is none", code=2)
+    assert files(tmp_path) == before
+
+
+def test_an_engine_is_tuned_after_its_build_and_again_without_its_checkpoint(
+    run: Run, qwen1: Path, tmp_path: Path, tuned: list[Path | None]
+) -> None:
+    engine = tmp_path / "engine" / "qwen_float16_tp1_rank0.engine"
+    code, out, _ = run(qwen1, "--tune")
+    assert code == 0 and tuned == [engine] and "Built in" in out and "5 tactics timed" in out
+    written = engine.stat().st_mtime_ns
+    code, out, _ = run(None, "--tune")
+    assert code == 0 and tuned == [engine] * 2 and "Built in" not in out and engine.stat().st_mtime_ns == written
+
+
+def test_there_is_nothing_to_tune_in_a_batch_invariant_engine(run: Run, qwen1: Path, tuned: list[Path | None]) -> None:
+    code, out, _ = run(qwen1, "--tune", "--batch_invariant")
+    assert code == 0 and not tuned and "Nothing to tune" in out
+
+
+def test_a_new_engine_has_no_timings_of_the_one_before(run: Run, qwen1: Path, tmp_path: Path) -> None:
+    run(qwen1)
+    (tmp_path / "engine" / "tactics.json").write_text("of other shapes")
+    assert run(qwen1)[0] == 0
+    assert files(tmp_path / "engine") == ["config.json", "qwen_float16_tp1_rank0.engine"]
 
 
 def test_a_file_in_the_place_of_the_output_folder_stays(run: Run, qwen1: Path, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from command_line import flag, log_level_flag
+from command_line import ArgumentError, flag, log_level_flag
 
 from tensorrt_llm import Limits, Mapping
 from tensorrt_llm.dtype import PRECISIONS as DTYPES
@@ -15,8 +15,13 @@ _ALWAYS_ON = "accepted: always on"
 
 @dataclass(frozen=True)
 class BuildArgs:
-    hf_model_dir: Path = flag(help="folder of the Hugging Face checkpoint")
     output_dir: Path = flag(help="folder for the engine files and config.json; made if it is missing")
+    hf_model_dir: Path | None = flag(None, help="folder of the Hugging Face checkpoint; only --tune does without")
+    tune: bool = flag(
+        False,
+        help="on a GPU, time the ways to multiply and keep the best in the engine, for GPUs of that name; without "
+        "hf_model_dir, of the engine that is in output_dir",
+    )
     dtype: str = flag("float16", help="dtype of weights, activations and KV cache", choices=DTYPES)
     max_batch_size: int = flag(8, help="sequences that run at the same time; more wait in a queue")
     max_input_len: int = flag(2048, help="tokens of one prompt")
@@ -74,6 +79,15 @@ class BuildArgs:
     use_inflight_batching: bool = flag(False, help=_ALWAYS_ON)
     strongly_typed: bool = flag(False, help=_ALWAYS_ON)
     enable_debug_output: bool = flag(False, help=_ALWAYS_ON + ", see run.py --debug_mode")
+
+    @property
+    def checkpoint_dir(self) -> Path:
+        if self.hf_model_dir is None:
+            raise ArgumentError(
+                "--hf_model_dir is missing, expected the folder of the Hugging Face checkpoint; only --tune of an "
+                "engine that is there does without"
+            )
+        return self.hf_model_dir
 
     def limits(self) -> Limits:
         return Limits(

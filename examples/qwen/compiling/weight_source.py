@@ -39,10 +39,10 @@ class WeightSource:
         check_flags(args)
         pick_device(args.device)
         is_quantized = reads_quantized_checkpoint(args)
-        config = QWenConfig.from_hf_dir(args.hf_model_dir, accepts_quantized=is_quantized)
+        config = QWenConfig.from_hf_dir(args.checkpoint_dir, accepts_quantized=is_quantized)
         checkpoint = None
         if is_quantized and not args.dummy_weights:
-            checkpoint = open_quantized_checkpoint(args.quant_ckpt_path or args.hf_model_dir)
+            checkpoint = open_quantized_checkpoint(args.quant_ckpt_path or args.checkpoint_dir)
         ft = FtFolder.open(args.ft_dir_path, args.tp_size) if args.ft_dir_path else None
         return cls(args, config, scheme_of(args, checkpoint), checkpoint, ft)
 
@@ -58,15 +58,15 @@ class WeightSource:
         """The engine that the verdict compares with, and what its weights are."""
         args = self.args
         model = QWenForCausalLM(self.config, args.dtype)
-        if self.checkpoint is not None and args.quant_ckpt_path in (None, args.hf_model_dir):
+        if self.checkpoint is not None and args.quant_ckpt_path in (None, args.checkpoint_dir):
             load_dequantized(model, self.checkpoint, self.config)
             name = "the checkpoint's own dequantized weights (what it lost before is not counted)"
         elif self.ft is not None and self.ft.has_unquantized:
             load_from_ft(model, self.ft, self.config)
             name = f"the unquantized weights of {self.ft.path.name}"
         else:
-            load_from_hf_qwen(model, args.hf_model_dir, self.config)
-            name = f"the unquantized weights of {args.hf_model_dir.name}"
+            load_from_hf_qwen(model, args.checkpoint_dir, self.config)
+            name = f"the unquantized weights of {args.checkpoint_dir.name}"
         return compile_model(model, self.args.limits()), name
 
     @property
@@ -81,7 +81,7 @@ class WeightSource:
             return self.args.dtype
         if self.ft is not None:
             return self.ft.storage_dtype
-        files = self.checkpoint.files if self.checkpoint else HfCheckpoint(self.args.hf_model_dir)
+        files = self.checkpoint.files if self.checkpoint else HfCheckpoint(self.args.checkpoint_dir)
         found = {info.dtype for info in files.tensors().values()}
         return max(found & set(READABLE_DTYPES), key=itemsize)
 
@@ -100,5 +100,5 @@ class WeightSource:
         elif self.ft is not None:
             load_from_ft(model, self.ft, self.config, mapping)
         else:
-            load_from_hf_qwen(model, self.args.hf_model_dir, self.config, mapping)
+            load_from_hf_qwen(model, self.args.checkpoint_dir, self.config, mapping)
         return compile_model(model, self.args.limits(), self.scheme.algo, batch_invariant=self.args.batch_invariant)

@@ -1,0 +1,196 @@
+"""Tactics: what is chosen without timings and with them, and that every candidate computes the right thing."""
+
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the CUDA kernels need triton")
+
+from compiling.compile_model import compile_model
+from models_for_tests import LIMITS, make_config
+
+from tensorrt_llm.kernels.cuda import cuda_kernels, matmul
+from tensorrt_llm.kernels.tactics import (
+    BUCKETS,
+    LIBRARY,
+    MatmulShape,
+    Tactic,
+    Tactics,
+    bucket_of,
+    candidates,
+    heuristic,
+)
+from tensorrt_llm.models import QWenForCausalLM, quantize_model
+from tensorrt_llm.plan import Plan, PlanNode, TensorSpec
+from tensorrt_llm.quantization import QuantMode
+from tensorrt_llm.runtime.stored_tactics import matmuls_of, specs_of
+from tensorrt_llm.tuning.random_call import RandomCall, relative_error
+
+HALF = torch.float16
+# A layer of widths that no tile divides, with groups of 16 columns.
+CONFIG = make_config(
+    vocab_size=45, hidden_size=48, num_attention_heads=3, num_key_value_heads=3, head_size=16, mlp_hidden_size=80
+)
+MODES: dict[str, tuple[QuantMode, dict[str, Any]]] = {
+    "float": (QuantMode(0), {}),
+    "int8": (QuantMode.use_weight_only(), {}),
+    "int4_groups": (QuantMode.use_weight_only(True, per_group=True), {"group_size": 16, "zero": True}),
+    "w8a8": (QuantMode.use_smooth_quant(per_token=True, per_channel=True), {}),
+    "w8a8_static": (QuantMode.use_smooth_quant(), {}),
+}
+# Of all families, dtypes and formats, at the sizes of models from 0.5B to 72B.
+SHAPES = [
+    MatmulShape(op, rows, depth, dtype, **format)
+    for rows, depth in ((1152, 896), (4096, 4096), (22016, 4096), (4096, 11008), (151936, 8192), (35, 129))
+    for ops, dtypes, formats in (
+        (("matmul", "gated_mlp"), (HALF, torch.bfloat16, torch.float32), [{}]),
+        (
+            ("weight_only_quant_matmul", "weight_only_gated_mlp"),
+            (HALF, torch.float32),
+            [{"bits": 8}, {"bits": 4}, {"bits": 4, "num_groups": max(depth // 128, 1), "has_zero": True}],
+        ),
+        (("smooth_quant_gemm", "smooth_quant_gated_mlp"), (torch.int8,), [{"bits": 8}]),
+    )
+    for op in ops
+    for dtype in dtypes
+    for format in formats
+]
+
+
+def plan_of(mode: str, dtype: str = "float16") -> Plan:
+    quant_mode, layout = MODES[mode]
+    return compile_model(quantize_model(QWenForCausalLM(CONFIG, dtype), quant_mode, **layout), LIMITS).plan
+
+
+# The choice
+
+
+def test_the_bucket_is_the_next_size_and_the_last_one_holds_without_end() -> None:
+    assert [bucket_of(tokens) for tokens in (1, 2, 3, 33, 64, 1024, 1025, 10**6)] == [1, 2, 4, 64, 64, 1024, 1024, 1024]
+
+
+def test_the_heuristics_choice_is_the_first_candidate_everywhere() -> None:
+    for shape in SHAPES:
+        for tokens in BUCKETS:
+            found = candidates(shape, tokens)
+            assert found[0] == heuristic(shape, tokens) and len(set(map(str, found))) == len(found) <= 12
+
+
+def test_a_stream_is_a_candidate_for_one_token_only() -> None:
+    for shape in SHAPES:
+        assert not [tactic for tokens in BUCKETS[1:] for tactic in candidates(shape, tokens) if tactic.way == "stream"]
+
+
+def test_a_gated_product_has_both_of_its_rows_in_a_tile() -> None:
+    gated = [shape for shape in SHAPES if shape.is_gated]
+    tactics = {tactic for shape in gated for tokens in BUCKETS for tactic in candidates(shape, tokens)}
+    assert all(tactic.row_tile % 2 == 0 for tactic in tactics)
+
+
+def test_what_was_timed_takes_the_place_of_the_heuristic_in_its_bucket_only() -> None:
+    shape = MatmulShape("matmul", 64, 32, HALF)
+    tactics = Tactics({(shape, 8): LIBRARY})
+    chosen = {tokens: tactics.choose(*shape, tokens) for tokens in (0, 1, 4, 5, 8, 9)}
+    assert [tokens for tokens, tactic in chosen.items() if tactic == LIBRARY] == [5, 8]
+    assert all(chosen[tokens] == heuristic(shape, tokens) for tokens in (0, 1, 4, 9))
+
+
+def test_another_shape_has_another_choice() -> None:
+    shape = MatmulShape("matmul", 64, 32, HALF)
+    tactics = Tactics({(shape, 8): LIBRARY})
+    for other in (shape._replace(rows=65), shape._replace(op="gated_mlp"), shape._replace(dtype=torch.bfloat16)):
+        assert tactics.choose(*other, 8) == heuristic(other, 8)
+
+
+def test_a_name_says_what_is_launched() -> None:
+    assert str(Tactic("tiles", 16, 64, 128, 5, 4)) == "tiles 16x64x128, 5 stages, 4 warps"
+    assert str(Tactic("tiles", 8, 32, 0, 5, 2, 3)) == "tiles 8x32, 5 stages, 2 warps, 3 splits"
+    assert str(LIBRARY) == "library"
+
+
+def test_operands_that_no_kernel_takes_go_to_the_library() -> None:
+    x, weight = torch.randn(1, 8), torch.randn(4, 16)[:, ::2]
+    torch.testing.assert_close(matmul(x, weight, dtype="float32"), x @ weight.T)
+
+
+# What the launchers ask, and what the candidates compute
+
+
+class Asked(Tactics):
+    """Keeps what it is asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.facts: list[tuple[Any, ...]] = []
+
+    def choose(self, *facts: Any) -> Tactic:
+        self.facts.append(facts)
+        return super().choose(*facts)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_launchers_ask_for_the_shapes_that_a_plan_is_said_to_have(device: torch.device, mode: str) -> None:
+    plan = plan_of(mode)
+    for shape, node in matmuls_of(plan).items():
+        asked = Asked()
+        kernel = cuda_kernels(tactics=asked)[node.op]
+        call = RandomCall(node, specs_of(plan), frozenset(spec.name for spec in plan.weights), 3, device)
+        call.run(kernel, 3, call.prepared(kernel))
+        assert asked.facts == [(*shape, 3)]
+
+
+def plan_of_one(op: str, rows: int, depth: int, dtype: str, bits: int = 8, group_size: int = 0) -> Plan:
+    """A plan of one matmul, of `rows` each of fc and gate; with groups it has zero points, and a bias where it may."""
+    groups = depth // group_size if group_size else 1
+    if op.startswith("smooth_quant"):
+        values = [TensorSpec("x", "int8", ("num_tokens", depth)), TensorSpec("x_scale", "float32", ("num_tokens", 1))]
+        matrix = [("weight", "int8", (rows, depth)), ("scale", "float32", (rows,))]
+        attrs: dict[str, Any] = {}
+    elif op.startswith("weight_only"):
+        values = [TensorSpec("x", dtype, ("num_tokens", depth))]
+        stored = ("int8", depth) if bits == 8 else ("uint8", depth // 2)
+        matrix = [("weight", stored[0], (rows, stored[1])), ("scale", "float32", (rows, groups))]
+        matrix += [("zero", "int16", (rows, groups))] if group_size else []
+        attrs = {"bits": bits, "has_zero": bool(group_size)}
+    else:
+        values = [TensorSpec("x", dtype, ("num_tokens", depth))]
+        matrix, attrs = [("weight", dtype, (rows, depth))], {}
+    copies = ("fc", "gate") if op.endswith("gated_mlp") else ("",)
+    weights = [TensorSpec(copy + name, kind, shape) for copy in copies for name, kind, shape in matrix]
+    if len(copies) == 1:
+        weights.append(TensorSpec("bias", dtype, (rows,)))
+    out = TensorSpec("out", dtype, ("num_tokens", rows))
+    names = tuple(spec.name for spec in (*values, *weights))
+    node = PlanNode(op, names, (out,), attrs | {"dtype": dtype})
+    return Plan(tuple(values), tuple(weights), (node,), {"out": "out"}, {})
+
+
+FORMATS: list[tuple[str, str, dict[str, int]]] = [
+    *((op, dtype, {}) for op in ("matmul", "gated_mlp") for dtype in ("float16", "bfloat16", "float32")),
+    *((op, "float16", {"bits": 8}) for op in ("weight_only_quant_matmul", "weight_only_gated_mlp")),
+    *((op, "float16", {"bits": 4}) for op in ("weight_only_quant_matmul", "weight_only_gated_mlp")),
+    ("weight_only_quant_matmul", "bfloat16", {"bits": 4, "group_size": 48}),
+    ("weight_only_gated_mlp", "float16", {"bits": 4, "group_size": 16}),
+    ("weight_only_gated_mlp", "float32", {"bits": 4, "group_size": 16}),
+    *((op, "float16", {}) for op in ("smooth_quant_gemm", "smooth_quant_gated_mlp")),
+]
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 64])
+@pytest.mark.parametrize(("op", "dtype", "format"), FORMATS)
+def test_every_candidate_means_what_the_reference_means(
+    device: torch.device, op: str, dtype: str, format: dict[str, int], tokens: int
+) -> None:
+    """On rows that no tile divides, columns of several blocks, and fewer tokens than the bucket has."""
+    plan = plan_of_one(op, 5 if tokens == 1 else 35, 1056 if tokens == 1 else 336, dtype, **format)
+    ((shape, node),) = matmuls_of(plan).items()
+    call = RandomCall(node, specs_of(plan), frozenset(spec.name for spec in plan.weights), tokens, device)
+    wanted, rows = call.wanted(), max(tokens - 3, 1)
+    wrong = {}
+    for tactic in candidates(shape, tokens):
+        kernel = cuda_kernels(tactics=Tactics({(shape, tokens): tactic}))[op]
+        error = relative_error(call.run(kernel, rows, call.prepared(kernel)), wanted[:rows])
+        if not error <= call.tolerance:
+            wrong[str(tactic)] = error
+    assert not wrong
