@@ -56,8 +56,8 @@ from tensorrt_llm.tokenizer import load_tokenizer  # noqa: E402
 
 logger = logging.getLogger("compare_greedy")
 
-# Found on the bundled checkpoint, on a CPU: 4 units in float32, where sums of hundreds of terms round most; 0.6 in float16
-# and bfloat16, where each result does; 2 to 5 with int8 activations.
+# Found on the bundled checkpoint, on a CPU: 4 units in float32, where sums of hundreds of terms round most; 0.6 in
+# float16 and bfloat16, where each result does; 2 to 5 with int8 activations.
 ERROR_UNITS = 16
 
 
