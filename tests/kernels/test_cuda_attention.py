@@ -362,7 +362,7 @@ def test_a_longer_bound_on_the_step_changes_no_bit(device: torch.device) -> None
 
 @pytest.mark.parametrize("heads", [(2, 2), (4, 1)])
 def test_padding_rows_of_a_graph_change_nothing(device: torch.device, heads: tuple[int, int]) -> None:
-    """A bucket's spare rows are decodes at position 0 of the scratch block 0."""
+    """A graph's spare rows are decodes at position 0 of the scratch block 0."""
     case = make_case([], [(30, 1, 5), (130, 1, 5)], device=device, heads=heads)
     zeros, ones = (torch.full((2,), value, dtype=torch.int32, device=device) for value in (0, 1))
     padded = replace(
@@ -377,6 +377,33 @@ def test_padding_rows_of_a_graph_change_nothing(device: torch.device, heads: tup
     )
     (output, pool), (wanted, wanted_pool) = padded.run(gpt_attention), case.run(gpt_attention)
     assert torch.equal(output[:2], wanted)
+    assert torch.equal(pool[1:].nan_to_num(7.0), wanted_pool[1:].nan_to_num(7.0))
+
+
+@pytest.mark.parametrize(("heads", "is_int8"), [((2, 2), False), ((4, 1), True)])
+def test_padding_of_a_mixed_step_changes_nothing(device: torch.device, heads: tuple[int, int], is_int8: bool) -> None:
+    """Two empty contexts and one of 19 tokens in the scratch block stand before the decodes, two more behind them."""
+    case = make_case([(0, 20, 20), (16, 7, 40)], [(30, 1, 5), (130, 1, 5)], device=device, heads=heads, is_int8=is_int8)
+
+    def widened(values: torch.Tensor, at: int, between: list[int], behind: list[int]) -> torch.Tensor:
+        added = (torch.tensor(part, dtype=torch.int32, device=device) for part in (between, behind))
+        return torch.cat((values[:at], next(added), values[at:], next(added)))
+
+    noise = torch.randn(21, case.qkv.shape[1], device=device)
+    tables = torch.zeros(5, case.block_tables.shape[1], dtype=torch.int32, device=device)
+    step = StepShape(29 + 21, 9, num_contexts=5, num_context_tokens=46, max_query_length=46, max_sequence_length=144)
+    padded = replace(
+        case,
+        qkv=torch.cat((case.qkv[:27], noise[:19], case.qkv[27:], noise[19:])),
+        position_ids=widened(case.position_ids, 27, list(range(19)), [0, 0]),
+        query_starts=torch.tensor([0, 20, 27, 27, 27, *range(46, 51)], dtype=torch.int32, device=device),
+        sequence_length=widened(case.sequence_length, 2, [0, 0, 19], [1, 1]),
+        context_lengths=widened(case.context_lengths, 2, [1, 1, 1], [1, 1]),
+        block_tables=torch.cat((case.block_tables[:2], tables[:3], case.block_tables[2:], tables[3:])),
+        attributes=case.attributes | {"step": step},
+    )
+    (output, pool), (wanted, wanted_pool) = padded.run(gpt_attention), case.run(gpt_attention)
+    assert torch.equal(torch.cat((output[:27], output[46:48])), wanted) and wanted.isfinite().all()
     assert torch.equal(pool[1:].nan_to_num(7.0), wanted_pool[1:].nan_to_num(7.0))
 
 
