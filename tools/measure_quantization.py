@@ -43,10 +43,8 @@ class Sources:
 
 
 def main(args: MeasureArgs) -> None:
-    sources = make_sources(args)
     engines = args.output_dir / "engines"
-    for name, flags in modes(sources):
-        make(engines / name, *build_command(args, engines / name), *flags)
+    make_engines(args, engines)
     run(
         EXAMPLES / "summarize.py",
         *("--backend", "both", "--hf_model_dir", args.hf_model_dir, "--engine_dir", engines),
@@ -55,6 +53,12 @@ def main(args: MeasureArgs) -> None:
         *("--output_chart", args.output_dir / "chart.png", "--log_level", "info"),
         *on_device(args),
     )
+
+
+def make_engines(args: MeasureArgs, folder: Path) -> None:
+    """An engine of every mode below `folder`."""
+    for name, flags in modes(make_sources(args)):
+        make(folder / name, *build_command(args, folder / name), *flags)
 
 
 def modes(sources: Sources) -> Iterator[tuple[str, list[object]]]:

@@ -47,8 +47,9 @@ class Backend(Protocol):
 class EngineBackend:
     kind = "trt_llm"
 
-    def __init__(self, engine: Engine, name: str, device: torch.device) -> None:
-        session = Session(engine, device)
+    def __init__(self, engine: Engine, name: str, device: torch.device, *, reference: bool = False) -> None:
+        """With `reference` the engine is interpreted in float32."""
+        session = Session(engine, device, reference=reference)
         self.name = name
         self.device = device
         self.vocab_size = engine.config.vocab_size

@@ -11,10 +11,10 @@ Everything is greedy, and no id ends an answer.
 
 Figures are medians of whole runs after a warm-up. An engine warms up by the same run in full, so that no kernel is
 compiled and no graph captured while the clock runs; Hugging Face by the first batch. The time to the first token counts
-from the submission of all requests; between tokens is the time between two tokens of one request. Decode tokens/s is
-batch size * (output_len - 1) over the time of a run less that of a run that asks for one token, and its share of the
-memory roofline compares it with a device that does nothing but read, at the rate measured at the end, what each step
-needs: weights and cached keys and values.
+from the submission of all requests; between tokens is the time between two tokens of one request. Decode tokens/s are
+all tokens but the first of each request, over the time of a run less that of a run that asks for one token each. With
+equal prompts their share of the memory roofline compares them with a device that does nothing but read, at the rate
+measured at the end, what each step needs: weights and cached keys and values.
 
 Memory is what torch allocated on the GPU at its peak, weights and KV cache included. "ready" is the time from the start
 of the process to a first answer of two tokens, kernels compiled, less the time in which all engines were checked and

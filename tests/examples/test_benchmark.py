@@ -17,8 +17,11 @@ from build import main as build
 from checkpoints import write_qwen1_checkpoint
 from command_line import run_script
 from compiling.args import BuildArgs
+from engines_of_modes import engine_of_mode, write_engine
 from process_age import seconds_since_process_start
 from timed_backends import TimedBackend
+
+from tensorrt_llm.quantization import QuantMode
 
 ROOT = Path(__file__).resolve().parents[2]
 READ_RATE = 1e9
@@ -145,9 +148,11 @@ def test_a_dataset_is_served_at_every_batch_size_and_compared_with_the_fastest_h
         ["HF float32", "4 of lengths", "1", "7.75", "4"],
         ["HF float32", "4 of lengths", "4", "7.75", "4"],
     ]
-    assert "decode tokens/s" not in header, "a dataset has no decode speed, and so no column for it"
     ratios = [float(row[header.index("x HF")]) for row in rows]
     assert max(ratios[2:]) == 1
+    fastest = ratios.index(1.0, 2)
+    assert rows[fastest][header.index("decode x HF")] == "1.00"
+    assert all(float(row[header.index("decode x HF")]) > 0 for row in rows)
     runs = json.loads((tmp_path / "figures.json").read_text())["runs"]
     assert [len(run["run_seconds"]) for run in runs] == [3, 3, 1, 1]
     assert all((run["input_tokens"], run["output_tokens"]) == (31, 16) for run in runs)
@@ -172,6 +177,26 @@ def test_sharegpt_needs_its_tokenizer_only(tmp_path: Path, capsys: pytest.Captur
     flags = {"dataset": [dataset], "num_prompts": 2, "tokenizer_dir": chat, "device": "cpu", "repeats": 1}
     benchmark(BenchmarkArgs(engine_dir=[tmp_path / "engine"], **flags))
     assert cells_of(capsys.readouterr().out)[-1][1] == "2 of talks"
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        QuantMode.use_smooth_quant(),
+        QuantMode.use_smooth_quant(per_token=True, per_channel=True),
+        QuantMode.use_smooth_quant(per_token=True, per_channel=True).set_int8_kv_cache(),
+        QuantMode.INT8_KV_CACHE,
+    ],
+    ids=["smooth", "smooth per token", "smooth with INT8 KV", "INT8 KV"],
+)
+def test_engines_with_int8_activations_or_cache_serve_datasets_and_equal_prompts(
+    mode: QuantMode, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_engine(engine_of_mode(mode), tmp_path / "engine")
+    flags: dict[str, Any] = {"engine_dir": [tmp_path / "engine"], "repeats": 1, "device": "cpu"}
+    benchmark(BenchmarkArgs(dataset=[write_lengths(tmp_path, (5, 3), (16, 8))], **flags))
+    benchmark(BenchmarkArgs(batch_size=[2], input_len=[8], output_len=[16], **flags))
+    assert [row[1] for row in cells_of(capsys.readouterr().out)] == ["requests", "2 of lengths", "batch", "2"]
 
 
 def test_several_engines_are_rows_of_one_table(

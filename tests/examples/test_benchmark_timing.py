@@ -39,10 +39,12 @@ def test_every_run_to_warm_up_comes_before_those_that_count(backend: TimedBacken
     assert backend.calls == one_token + [("warm up", 2, 9)] * 2 + [("serve", 2, 9)] * 3
 
 
-def test_a_dataset_has_no_run_of_one_token(backend: TimedBackend) -> None:
+def test_a_dataset_has_a_decode_speed_and_no_share_of_the_roofline(backend: TimedBackend) -> None:
     figures = measure(backend, RAGGED, 2, Runs(1, 1))
-    assert backend.calls == [("warm up", 3, 3), ("serve", 3, 3)]
-    assert figures.decode_tokens_per_second is None and figures.roofline_share is None
+    assert backend.calls == [("warm up", 3, 1), ("serve", 3, 1), ("warm up", 3, 3), ("serve", 3, 3)]
+    seconds = figures.total_seconds - figures.one_token_seconds
+    assert figures.decode_tokens_per_second == (sum(RAGGED.output_lens) - 3) / seconds
+    assert figures.step_bytes is None and figures.roofline_share is None
 
 
 def test_the_first_token_counts_from_the_submission_of_all(backend: TimedBackend) -> None:
@@ -56,7 +58,7 @@ def test_time_between_tokens_is_that_of_one_request() -> None:
 
 
 def test_speed_is_the_median_run_and_percentiles_are_over_the_requests_of_all_runs(backend: TimedBackend) -> None:
-    seconds = iter((1.0, 5.0, 2.0))
+    seconds = iter((0.0, 0.0, 0.0, 1.0, 5.0, 2.0))  # runs of one token come first
     serve = backend.serve
 
     def serve_late(*args: Any) -> None:

@@ -76,7 +76,6 @@ def make_dataset_figures(**changes: Any) -> Figures:
         "workload": "lengths",
         "shape": None,
         "num_requests": 10,
-        "one_token_seconds": None,
         "step_bytes": None,
     }
     return make_figures(**facts | changes)

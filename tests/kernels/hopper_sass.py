@@ -38,7 +38,7 @@ from tensorrt_llm.kernels.cuda.gated_mlp import silu_mul
 HOPPER = GPUTarget("cuda", 90, 32)
 POINTERS = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16",
-    torch.int32: "*i32", torch.int16: "*i16", torch.int8: "*i8",
+    torch.float64: "*fp64", torch.int32: "*i32", torch.int16: "*i16", torch.int8: "*i8",
 }  # fmt: skip
 KERNELS = (
     ("dense", "_stream_rows"),
@@ -59,7 +59,10 @@ KERNELS = (
     ("smooth_quant", "_multiply_tiles"),
 )
 OPTIONS = ("num_warps", "num_stages", "launch_pdl", "maxnreg")
-OVERLAP = {"overlapping": {"OVERLAP": True, "launch_pdl": True}, "has_dependent_launch": True}
+AS_ON_HOPPER = {
+    "overlapping": lambda device, is_early=True: {"OVERLAP": is_early, "launch_pdl": is_early},
+    "has_dependent_launch": lambda device: True,
+}
 PREFILL = StepShape(4096, 2, 2, 4096, 2048, 2048)
 DECODE = StepShape(32, 32, 0, 0, 1, 2048)
 SHORT_DECODE = StepShape(1, 1, 0, 0, 1, 128)
@@ -134,9 +137,7 @@ def recording() -> Iterator[dict[str, Any]]:
         module = importlib.import_module(f"tensorrt_llm.kernels.cuda.{file}")
         stands_for.append((module, name, Recorder(getattr(module, name), facts)))
     for module in {module for module, _, _ in stands_for}:
-        for name, result in OVERLAP.items():
-            if hasattr(module, name):
-                stands_for.append((module, name, lambda device, result=result: result))
+        stands_for += [(module, name, stand_in) for name, stand_in in AS_ON_HOPPER.items() if hasattr(module, name)]
     replaced = [(module, name, getattr(module, name)) for module, name, _ in stands_for]
     for module, name, stand_in in stands_for:
         setattr(module, name, stand_in)

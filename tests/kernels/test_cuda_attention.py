@@ -251,7 +251,7 @@ def test_prompts_around_tile_borders(device: torch.device, dtype: torch.dtype, c
 
 
 # Without a GPU the products are numpy's, whose bits depend on where a row stands.
-@pytest.mark.skipif(not ON_GPU, reason="the bits of compiled kernels")
+@pytest.mark.gpu
 @pytest.mark.parametrize("is_int8", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_a_prompt_has_the_same_bits_in_any_pieces(device: torch.device, dtype: torch.dtype, is_int8: bool) -> None:
@@ -380,7 +380,7 @@ def test_padding_rows_of_a_graph_change_nothing(device: torch.device, heads: tup
     assert torch.equal(pool[1:].nan_to_num(7.0), wanted_pool[1:].nan_to_num(7.0))
 
 
-@pytest.mark.skipif(not ON_GPU, reason="a pool of 5 GB is for the GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("is_int8", [False, True])
 @pytest.mark.parametrize("contexts", [[(0, 70, 70)], []], ids=["prefill", "decode"])
 def test_blocks_beyond_two_billion_elements_are_reached(
@@ -401,7 +401,7 @@ def test_blocks_beyond_two_billion_elements_are_reached(
     assert torch.equal(far.run(gpt_attention)[0], case.run(gpt_attention)[0])
 
 
-@pytest.mark.skipif(not ON_GPU, reason="CUDA graphs need a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("is_int8", [False, True])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 1)])
 def test_a_captured_step_replays_on_new_inputs(

@@ -22,6 +22,7 @@ from tensorrt_llm.kernels.cuda import (
     weight_only_quant_matmul,
 )
 from tensorrt_llm.kernels.cuda.weight_only import prepare_weight_only_gated_mlp, prepare_weight_only_quant_matmul
+from tensorrt_llm.kernels.tactics import MatmulShape, heuristic
 from tensorrt_llm.quantization import QuantizedWeight, quantize_weight
 from tensorrt_llm.quantization.quantize import pack_int4
 
@@ -306,6 +307,25 @@ def test_a_row_does_not_depend_on_its_batch(device: torch.device, bits: int) -> 
         assert torch.equal(run_weight_only(x[start:stop], weight, None, "float16")[0], rows[start:stop])
 
 
+@pytest.mark.gpu  # the interpreter has no Gluon
+@pytest.mark.parametrize("has_zero", [False, True])
+@pytest.mark.parametrize(
+    ("bits", "group_size", "rows", "depth"),
+    [(4, 128, 4096, 4096), (4, 0, 4100, 1000), (4, 64, 33, 8192), (8, 0, 4223, 4096), (8, 128, 7, 896)],
+)
+def test_a_resident_weight_is_multiplied_exactly(
+    device: torch.device, bits: int, group_size: int, rows: int, depth: int, has_zero: bool
+) -> None:
+    weight = random_weight(rows, depth, bits, group_size, has_zero, device)
+    shape = MatmulShape("weight_only_quant_matmul", rows, depth, torch.float16, bits, weight.scale.shape[1], has_zero)
+    assert heuristic(shape, 1).way == "resident"
+    x, bias = torch.randn(1, depth, device=device).half(), torch.randn(rows, device=device).half()
+    got, wanted = run_weight_only(x, weight, bias, "float32")
+    # Of integers with their offset a sum is up to twice as large as of those without; no product is rounded.
+    tolerance = 2 * roundoff("float32") * (16 + depth**0.5)
+    torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_sums_beyond_float16_are_finite(device: torch.device, tokens: int) -> None:
     weight = quantize_weight(torch.ones(3, 512, device=device), 8, 128)
@@ -315,7 +335,7 @@ def test_sums_beyond_float16_are_finite(device: torch.device, tokens: int) -> No
     torch.testing.assert_close(got, wanted, rtol=1e-4 if tokens == 1 else 1e-5, atol=0)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="many large tiles are for the GPU")
+@pytest.mark.gpu
 def test_integer_sums_in_tiles_of_128_tokens(device: torch.device) -> None:
     """They are taken where they fill a GPU."""
     tokens, rows, depth = 200, 8320, 640

@@ -60,11 +60,12 @@ def test_a_kernel_that_starts_early_reads_only_weights_and_step_inputs_before_it
         if facts["before_wait"] is not None
     }
     assert {kernel for _, kernel in before_wait} == {
-        "_stream_rows", "_rms_norm", "_rope_kv", "_silu_mul", "_quantize", "_combine_splits", "_add_splits"
+        "_stream_rows", "_multiply_tiles", "_rms_norm", "_rope_kv", "_silu_mul", "_quantize", "_combine_splits",
+        "_add_splits",
     }  # fmt: skip
     writes = [name for name, opcodes in before_wait.items() if any(op.startswith(GLOBAL_WRITES) for op in opcodes)]
     reads = {kernel for (_, kernel), opcodes in before_wait.items() if any(op.startswith("LDG") for op in opcodes)}
-    assert not writes and reads == {"_stream_rows", "_rms_norm", "_rope_kv"}
+    assert not writes and reads == {"_stream_rows", "_rms_norm", "_rope_kv", "_quantize"}
 
 
 def test_every_kernel_moves_128_bits_at_a_time(compiled: dict[str, dict[str, Any]]) -> None:

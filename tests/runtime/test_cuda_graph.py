@@ -5,11 +5,10 @@ import torch
 
 from tensorrt_llm.runtime.cuda_graph import CudaGraphPool
 
-NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 SIZE = 16 << 20  # 64 MiB of float32
 
 
-@NEEDS_GPU
+@pytest.mark.gpu
 def test_a_replay_follows_what_lies_at_the_address_and_results_belong_to_nobody() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     pool = CudaGraphPool(device)

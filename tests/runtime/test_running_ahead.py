@@ -255,17 +255,14 @@ def test_an_engine_gives_the_same_whatever_the_depth() -> None:
     assert results(run_on_engine("cpu", True)) == results(run_on_engine("cpu", False))
 
 
-NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="nothing runs ahead without a GPU")
-
-
-@NEEDS_GPU
+@pytest.mark.gpu
 @pytest.mark.parametrize("use_cuda_graphs", [False, True])
 def test_a_gpu_gives_the_same_whatever_the_depth(use_cuda_graphs: bool) -> None:
     plain, ahead = (run_on_engine("cuda", depth, use_cuda_graphs=use_cuda_graphs) for depth in (False, True))
     assert results(ahead) == results(plain) == results(run_on_engine("cpu", False))
 
 
-@NEEDS_GPU
+@pytest.mark.gpu
 @pytest.mark.parametrize("sampling", [{}, dict(top_k=4, random_seed=0), dict(output_log_probs=True), PENALTIES])
 @pytest.mark.parametrize("use_cuda_graphs", [False, True])
 def test_nothing_waits_for_the_device_but_the_reading_of_tokens(

@@ -13,7 +13,6 @@ from tensorrt_llm.models import QWenForCausalLM, quantize_model
 from tensorrt_llm.quantization import QuantMode
 from tensorrt_llm.runtime import GenerationSession, SamplingConfig, Session
 
-NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="the bits of CUDA kernels")
 # 64 prompts do not fit into one step, so some of them are computed in pieces.
 LIMITS = Limits(max_batch_size=64, max_input_len=150, max_output_len=16, max_num_tokens=512, tokens_per_block=16)
 CONFIG = make_config(
@@ -65,7 +64,7 @@ def make_prompts() -> list[list[int]]:
     return [torch.randint(90, (length,), generator=generator).tolist() for length in lengths]
 
 
-@NEEDS_GPU
+@pytest.mark.gpu
 @pytest.mark.parametrize("mode", MODES)
 def test_two_runs_give_the_same_bits(mode: str) -> None:
     prompts = make_prompts()
@@ -76,7 +75,7 @@ def test_two_runs_give_the_same_bits(mode: str) -> None:
     assert torch.equal(*runs)
 
 
-@NEEDS_GPU
+@pytest.mark.gpu
 @pytest.mark.parametrize("mode", MODES)
 def test_a_prompt_has_the_same_bits_alone_and_among_64(mode: str) -> None:
     session = GenerationSession(Session(engine_of(MODES[mode], batch_invariant=True), "cuda"))

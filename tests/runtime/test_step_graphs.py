@@ -22,7 +22,6 @@ LIMITS = Limits(max_batch_size=6, max_input_len=64, max_output_len=36, max_num_t
 LENGTHS = (3, 4, 17, 40, 9)  # at a block's end, behind it, in between
 CPU = torch.device("cpu")
 GPU_CONFIG = make_config(hidden_size=64, head_size=32, num_hidden_layers=2)
-NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 
 
 def make_requests(lengths: tuple[int, ...] = LENGTHS) -> list[Request]:
@@ -411,7 +410,7 @@ def tolerance(dtype: str, mode: QuantMode) -> float:
     return units if mode == QuantMode(0) else max(units, 1e-2)
 
 
-@NEEDS_GPU
+@pytest.mark.gpu
 @pytest.mark.parametrize("mode", [QuantMode(0), QuantMode.INT8_KV_CACHE])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_replayed_decodes_give_the_logits_of_plain_steps(dtype: str, mode: QuantMode) -> None:
@@ -431,7 +430,7 @@ def test_replayed_decodes_give_the_logits_of_plain_steps(dtype: str, mode: Quant
     np.testing.assert_allclose(logits[0], logits[1], rtol=tolerance(dtype, mode), atol=tolerance(dtype, mode))
 
 
-@NEEDS_GPU
+@pytest.mark.gpu
 @pytest.mark.parametrize("mode", [QuantMode(0), QuantMode.INT8_KV_CACHE])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_replayed_prompts_give_the_logits_of_plain_steps(dtype: str, mode: QuantMode) -> None:
@@ -450,7 +449,7 @@ def test_replayed_prompts_give_the_logits_of_plain_steps(dtype: str, mode: Quant
     np.testing.assert_allclose(logits[0], logits[1], rtol=tolerance(dtype, mode), atol=tolerance(dtype, mode))
 
 
-@NEEDS_GPU
+@pytest.mark.gpu
 @pytest.mark.parametrize("mode", [QuantMode(0), QuantMode.INT8_KV_CACHE])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_replayed_mixed_steps_give_the_logits_of_plain_steps(dtype: str, mode: QuantMode) -> None:
@@ -467,7 +466,7 @@ def test_replayed_mixed_steps_give_the_logits_of_plain_steps(dtype: str, mode: Q
     np.testing.assert_allclose(logits[0], logits[1], rtol=tolerance(dtype, mode), atol=tolerance(dtype, mode))
 
 
-@NEEDS_GPU
+@pytest.mark.gpu
 def test_a_mixed_step_has_the_same_bits_launched_captured_and_replayed() -> None:
     session = Session(gpu_engine("bfloat16", QuantMode(0)), "cuda")
     first, *others = [one_mixed_step(session, prompt) for prompt in (9, 9, 9, 9)]
@@ -476,7 +475,7 @@ def test_a_mixed_step_has_the_same_bits_launched_captured_and_replayed() -> None
     assert all(torch.equal(first, other) for other in others)
 
 
-@NEEDS_GPU
+@pytest.mark.gpu
 def test_a_replayed_prompt_has_the_same_bits_whatever_the_padding_held_before() -> None:
     session = Session(gpu_engine("bfloat16", QuantMode(0)), "cuda")
     first = session.run(prompts(make_requests((9, 4)))).clone()

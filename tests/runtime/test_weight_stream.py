@@ -26,7 +26,6 @@ from tensorrt_llm.weight_file import WeightFile
 
 CPU = torch.device("cpu")
 SMALL = ReadAhead(num_readers=3, buffer_bytes=48, device_bytes=1000)
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 @pytest.fixture
@@ -257,7 +256,7 @@ def test_weights_are_checked_once(path: Path, caplog: pytest.LogCaptureFixture) 
     assert caplog.text.count("every weight has its SHA-256") == 1
 
 
-@needs_cuda
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_a_gpu_has_the_weights_of_the_file(tmp_path: Path, dtype: str) -> None:
     """Larger than the buffers together, with a limit that makes readers wait, on the stream that uses them."""
@@ -271,7 +270,7 @@ def test_a_gpu_has_the_weights_of_the_file(tmp_path: Path, dtype: str) -> None:
     assert all(torch.equal(found.cpu(), file[name] * 2) for found, name in zip(doubled, file, strict=True))
 
 
-@needs_cuda
+@pytest.mark.gpu
 def test_a_gpu_session_keeps_kernels_beside_the_engine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: Path
 ) -> None:

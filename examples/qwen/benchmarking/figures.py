@@ -34,7 +34,7 @@ class Figures:
     input_tokens: int
     output_tokens: int
     run_seconds: tuple[float, ...]  # of each run that counts
-    one_token_seconds: float | None  # median of whole runs that ask for one token each; None: a dataset
+    one_token_seconds: float  # median of whole runs that ask for one token each
     first_token: Percentiles  # seconds from the submission of all, over the requests of all runs
     between_tokens: Percentiles | None  # seconds, over the gaps of all requests; None: one token each
     step_bytes: float | None  # what the mean decode step must move; None: a dataset
@@ -62,11 +62,9 @@ class Figures:
     @property
     def decode_tokens_per_second(self) -> float | None:
         """Of all tokens but the first ones, in the time that a run takes beyond that of a one-token run."""
-        if self.one_token_seconds is None or self.output_tokens == self.num_requests:
-            return None
         seconds = self.total_seconds - self.one_token_seconds
-        if seconds <= 0:
-            return None  # less than the noise of the clock
+        if self.output_tokens == self.num_requests or seconds <= 0:
+            return None  # there is nothing to decode, or less than the noise of the clock
         return (self.output_tokens - self.num_requests) / seconds
 
     @property

@@ -46,7 +46,7 @@ def measure(
     shape = workload.shape
     if backend.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(backend.device)
-    one_token = repeat(backend, workload.asking_for(1), batch_size, runs) if shape else []
+    one_token = repeat(backend, workload.asking_for(1), batch_size, runs)
     traces = repeat(backend, workload, batch_size, runs)
     gaps = [gap for run in traces for gap in run.gaps]
     return Figures(
@@ -59,7 +59,7 @@ def measure(
         input_tokens=workload.input_tokens,
         output_tokens=workload.output_tokens,
         run_seconds=tuple(run.seconds for run in traces),
-        one_token_seconds=median(run.seconds for run in one_token) if one_token else None,
+        one_token_seconds=median(run.seconds for run in one_token),
         first_token=Percentiles.of([seconds for run in traces for seconds in run.first]),
         between_tokens=Percentiles.of(gaps) if gaps else None,
         # The context grows from input_len by one a step; each step reads what is cached and writes one token more.

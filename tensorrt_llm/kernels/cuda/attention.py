@@ -22,6 +22,7 @@ class GptAttention:
     def __init__(self, *, is_batch_invariant: bool) -> None:
         self._is_batch_invariant = is_batch_invariant
         self._arrivals = Arrivals()
+        self._turns: dict[tuple[RopeRules, torch.device], torch.Tensor] = {}
 
     def __call__(
         self,
@@ -48,10 +49,13 @@ class GptAttention:
         check_scales(past_key_value, key_value_scales)
         is_grouped = num_heads != num_kv_heads
         rules = RopeRules(rotary_base, rotary_dim, ntk_length, logn_length)
+        turns = self._turns.get((rules, qkv.device))
+        if turns is None:
+            turns = self._turns[rules, qkv.device] = rules.turns(qkv.device)
         q = rope_kv(
             qkv if is_grouped else qkv[: step.num_context_tokens], past_key_value, position_ids, query_starts,
             context_lengths, block_tables, key_value_scales, step=step, num_heads=num_heads, num_kv_heads=num_kv_heads,
-            head_size=head_size, rules=rules,
+            head_size=head_size, rules=rules, turns=turns,
         )  # fmt: skip
         out = torch.empty((len(qkv), num_heads, head_size), dtype=qkv.dtype, device=qkv.device)
         if step.num_contexts:
@@ -68,7 +72,7 @@ class GptAttention:
         else:
             decode_one_head(
                 qkv, past_key_value, position_ids, context_lengths, sequence_length, block_tables, key_value_scales,
-                out, step=step, q_scaling=q_scaling, rules=rules, arrivals=self._arrivals,
+                out, step=step, q_scaling=q_scaling, rules=rules, turns=turns, arrivals=self._arrivals,
                 is_batch_invariant=self._is_batch_invariant,
             )  # fmt: skip
         return out.flatten(1)

@@ -7,12 +7,11 @@ at `first_token`, their sequences at `first_sequence`. K and V of earlier tokens
 table (kv_pool.py has the layout). The new token's are turned (rope_kv.py has the formula) and written there by the
 program that has the last split, which takes them from its registers: no program reads what another writes.
 
-A program takes one sequence, one head and one split of SPLIT_TOKENS tokens. Splits have one size, not one count, so a
-sequence's bits do not depend on the longest sequence of the step; they depend on whether it is one of few or of many,
-unless is_batch_invariant. With one split the result is final; otherwise each split leaves its normalised result and its
-log-sum-exp, and whichever program of a head is the last to arrive weighs them in order (splits.py). Only the counting
-of arrivals is atomic: who comes last changes no bit. Softmax is in float32 and in powers of two: log2(e) is folded into
-the scale.
+A program takes one sequence, one head and one split of SPLIT_TOKENS tokens. Splits have one size in a step, which
+depends on the number of sequences and, if they are few, on the longest one, unless is_batch_invariant. With one split
+the result is final; otherwise each split leaves its normalised result and its log-sum-exp, and whichever program of a
+head is the last to arrive weighs them in order (splits.py). Only the counting of arrivals is atomic: who comes last
+changes no bit. Softmax is in float32 and in powers of two: log2(e) is folded into the scale.
 """
 
 # mypy: allow-untyped-defs
@@ -28,22 +27,18 @@ import triton.language as tl
 from ..step import StepShape
 from .int8_rows import quantize_rows
 from .kv_pool import load_scales, padded_width, pool_strides, token_offsets
-from .overlap import has_dependent_launch, start_next
-from .rope_kv import RopeRules, logn_factor, rotation
+from .overlap import has_dependent_launch, start_next, wait_for_previous
+from .rope_kv import RopeRules, logn_factor, rotary_partner, rotation
 from .splits import LOWEST, Arrivals, weigh_splits
 
 
 @triton.jit
 def _load_tile(
-    keys_ptr, scales_ptr, table_ptr, first, stop, block_stride, value_stride, token_stride,
-    TILE_TOKENS: tl.constexpr, HEAD_SIZE: tl.constexpr, DIM_TILE: tl.constexpr, TOKENS_PER_BLOCK: tl.constexpr,
-    IS_INT8: tl.constexpr,
+    keys_ptr, scales_ptr, offsets, cached, value_stride,
+    HEAD_SIZE: tl.constexpr, DIM_TILE: tl.constexpr, IS_INT8: tl.constexpr,
 ):  # fmt: skip
-    """Tokens first.. of a split: (which of them are before `stop`, keys, values, the scales of both)."""
+    """(keys, values, the scales of both) of the tokens at pool offsets `offsets`; zeros where nothing is cached."""
     dims = tl.arange(0, DIM_TILE)
-    positions = first + tl.arange(0, TILE_TOKENS)
-    cached = positions < stop
-    offsets = token_offsets(table_ptr, positions, cached, block_stride, token_stride, TOKENS_PER_BLOCK)
     pointers = keys_ptr + offsets[:, None] + dims[None, :]
     mask = cached[:, None] & (dims < HEAD_SIZE)[None, :]
     keys = tl.load(pointers, mask=mask, other=0.0)
@@ -51,7 +46,7 @@ def _load_tile(
     key_scale, value_scale = cached, cached
     if IS_INT8:
         key_scale, value_scale = load_scales(scales_ptr, offsets, cached, value_stride, HEAD_SIZE)
-    return cached, keys, values, key_scale, value_scale
+    return keys, values, key_scale, value_scale
 
 
 @triton.jit
@@ -73,10 +68,17 @@ def _attend(
 
 
 @triton.jit
-def _turned(row_ptr, dims, partner, mask, cosine, sine):
-    """The vector at row_ptr, float32, turned to its position."""
-    x = tl.load(row_ptr + dims, mask=mask, other=0.0).to(tl.float32)
-    return x * cosine + tl.load(row_ptr + partner, mask=mask, other=0.0).to(tl.float32) * sine
+def _load_new(
+    row_ptr, dims, mask, partner, NUM_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr
+):  # fmt: skip
+    """(q, q of the partners, key, key of the partners, value) of the new token, float32."""
+    key_ptr, value_ptr = row_ptr + NUM_HEADS * HEAD_SIZE, row_ptr + 2 * NUM_HEADS * HEAD_SIZE
+    q = tl.load(row_ptr + dims, mask=mask, other=0.0).to(tl.float32)
+    q_partner = tl.load(row_ptr + partner, mask=mask, other=0.0).to(tl.float32)
+    key = tl.load(key_ptr + dims, mask=mask, other=0.0).to(tl.float32)
+    key_partner = tl.load(key_ptr + partner, mask=mask, other=0.0).to(tl.float32)
+    value = tl.load(value_ptr + dims, mask=mask, other=0.0).to(tl.float32)
+    return q, q_partner, key, key_partner, value
 
 
 @triton.jit(
@@ -86,69 +88,92 @@ def _turned(row_ptr, dims, partner, mask, cosine, sine):
     ],
 )  # fmt: skip
 def _decode_one_head(
-    qkv_ptr, pool_ptr, scales_ptr, position_ids_ptr, context_lengths_ptr, sequence_length_ptr, block_tables_ptr,
+    qkv_ptr, pool_ptr, scales_ptr, turns_ptr,
+    position_ids_ptr, context_lengths_ptr, sequence_length_ptr, block_tables_ptr,
     out_ptr, partial_ptr, lse_ptr, arrivals_ptr,
     first_sequence, first_token, num_splits, table_stride, block_stride, value_stride, head_stride, token_stride, scale,
     NUM_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, DIM_TILE: tl.constexpr, TOKENS_PER_BLOCK: tl.constexpr,
-    ROTARY_DIM: tl.constexpr, LOG2_BASE: tl.constexpr, NTK_LENGTH: tl.constexpr, LOGN_LENGTH: tl.constexpr,
+    ROTARY_DIM: tl.constexpr, NTK_LENGTH: tl.constexpr, LOGN_LENGTH: tl.constexpr,
     SPLIT_TOKENS: tl.constexpr, TILE_TOKENS: tl.constexpr, NUM_STAGES: tl.constexpr,
-    IS_INT8: tl.constexpr, OVERLAP: tl.constexpr,
+    IS_INT8: tl.constexpr, IS_EARLY: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """No dot: 15 of 16 rows of a tensor core tile would be padding.
 
     `arrivals` has a zero for each sequence and head, and has it again when all programs are done.
     """
     start_next(OVERLAP)
+    IS_ONE_TILE: tl.constexpr = SPLIT_TOKENS == TILE_TOKENS
     index, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     sequence, token = first_sequence + index, (first_token + index).to(tl.int64)
+    start = split * SPLIT_TOKENS
+    dims = tl.arange(0, DIM_TILE)
+    dim_mask = dims < HEAD_SIZE
+    partner = rotary_partner(dims, ROTARY_DIM)
+
+    # What waits for nothing is asked for first, and all at once: alone, a program's time is the sum of its waits. Only
+    # the new token is younger than the kernel before: earlier ones are in the pool since earlier steps.
     length = tl.load(sequence_length_ptr + sequence)
     position = tl.load(position_ids_ptr + token)
-    start = split * SPLIT_TOKENS
+    row_ptr = qkv_ptr + (token * (3 * NUM_HEADS) + head) * HEAD_SIZE
+    if not IS_EARLY:
+        q, q_partner, key, key_partner, value = _load_new(row_ptr, dims, dim_mask, partner, NUM_HEADS, HEAD_SIZE)
+    table_ptr = block_tables_ptr + sequence.to(tl.int64) * table_stride
+    if IS_ONE_TILE:
+        positions = start + tl.arange(0, TILE_TOKENS)
+        is_in_table = positions < table_stride * TOKENS_PER_BLOCK
+        offsets = token_offsets(table_ptr, positions, is_in_table, block_stride, token_stride, TOKENS_PER_BLOCK)
     if start >= length:
         return
     stop = tl.minimum(start + SPLIT_TOKENS, length - 1)  # the newest token is not in the pool yet
-
-    dims = tl.arange(0, DIM_TILE)
-    dim_mask = dims < HEAD_SIZE
-    table_ptr = block_tables_ptr + sequence.to(tl.int64) * table_stride
     keys_ptr = pool_ptr + head.to(tl.int64) * head_stride
     if IS_INT8:
         scales_ptr += head.to(tl.int64) * (head_stride // HEAD_SIZE)
-    cosine, sine, partner = rotation(
-        position, context_lengths_ptr, sequence, dims, ROTARY_DIM, LOG2_BASE, NTK_LENGTH
-    )  # fmt: skip
-    row_ptr = qkv_ptr + (token * (3 * NUM_HEADS) + head) * HEAD_SIZE
-    q = _turned(row_ptr, dims, partner, dim_mask, cosine, sine) * scale
+    if IS_ONE_TILE:
+        cached = positions < stop
+        keys, values, key_scale, value_scale = _load_tile(
+            keys_ptr, scales_ptr, offsets, cached, value_stride, HEAD_SIZE, DIM_TILE, IS_INT8
+        )  # fmt: skip
+    slot = token_offsets(table_ptr, position, position >= 0, block_stride, token_stride, TOKENS_PER_BLOCK)
+
+    cosine, sine = rotation(position, context_lengths_ptr, sequence, turns_ptr, dims, ROTARY_DIM, NTK_LENGTH)
+    if IS_EARLY:
+        wait_for_previous(True)
+        q, q_partner, key, key_partner, value = _load_new(row_ptr, dims, dim_mask, partner, NUM_HEADS, HEAD_SIZE)
+    q = (q * cosine + q_partner * sine) * scale
     if LOGN_LENGTH > 0:
         q *= logn_factor(position, LOGN_LENGTH)
-
     top = tl.full([TILE_TOKENS], LOWEST, tl.float32)
     total = tl.zeros([TILE_TOKENS], tl.float32)
     result = tl.zeros([TILE_TOKENS, DIM_TILE], tl.float32)
-    for first in tl.range(start, stop, TILE_TOKENS, num_stages=NUM_STAGES):
-        cached, keys, values, key_scale, value_scale = _load_tile(
-            keys_ptr, scales_ptr, table_ptr, first, stop, block_stride, value_stride, token_stride,
-            TILE_TOKENS, HEAD_SIZE, DIM_TILE, TOKENS_PER_BLOCK, IS_INT8,
-        )  # fmt: skip
+    if IS_ONE_TILE:
         top, total, result = _attend(q, top, total, result, cached, keys, values, key_scale, value_scale, IS_INT8)
+    else:
+        for first in tl.range(start, stop, TILE_TOKENS, num_stages=NUM_STAGES):
+            positions = first + tl.arange(0, TILE_TOKENS)
+            cached = positions < stop
+            offsets = token_offsets(table_ptr, positions, cached, block_stride, token_stride, TOKENS_PER_BLOCK)
+            keys, values, key_scale, value_scale = _load_tile(
+                keys_ptr, scales_ptr, offsets, cached, value_stride, HEAD_SIZE, DIM_TILE, IS_INT8
+            )  # fmt: skip
+            top, total, result = _attend(q, top, total, result, cached, keys, values, key_scale, value_scale, IS_INT8)
     if start + SPLIT_TOKENS >= length:
-        key = _turned(row_ptr + NUM_HEADS * HEAD_SIZE, dims, partner, dim_mask, cosine, sine)[None, :]
-        value = tl.load(row_ptr + 2 * NUM_HEADS * HEAD_SIZE + dims, mask=dim_mask, other=0.0).to(tl.float32)[None, :]
-        slot = token_offsets(table_ptr, position, position >= 0, block_stride, token_stride, TOKENS_PER_BLOCK)
+        turned = (key * cosine + key_partner * sine)[None, :]
         if IS_INT8:
-            key, key_scale = quantize_rows(key)
-            value, value_scale = quantize_rows(value)
+            new_key, new_key_scale = quantize_rows(turned)
+            new_value, new_value_scale = quantize_rows(value[None, :])
             scale_ptrs = scales_ptr + slot // HEAD_SIZE + tl.zeros([1, 1], tl.int32)
-            tl.store(scale_ptrs, key_scale)
-            tl.store(scale_ptrs + value_stride // HEAD_SIZE, value_scale)
-            key_scale, value_scale = tl.sum(key_scale, axis=1), tl.sum(value_scale, axis=1)
+            tl.store(scale_ptrs, new_key_scale)
+            tl.store(scale_ptrs + value_stride // HEAD_SIZE, new_value_scale)
+            new_key_scale, new_value_scale = tl.sum(new_key_scale, axis=1), tl.sum(new_value_scale, axis=1)
         else:
-            key, value = key.to(pool_ptr.dtype.element_ty), value.to(pool_ptr.dtype.element_ty)
-            key_scale, value_scale = 1.0, 1.0
-        tl.store(keys_ptr + slot + dims[None, :], key, mask=dim_mask[None, :])
-        tl.store(keys_ptr + slot + value_stride + dims[None, :], value, mask=dim_mask[None, :])
+            new_key, new_value = turned.to(pool_ptr.dtype.element_ty), value[None, :].to(pool_ptr.dtype.element_ty)
+            new_key_scale, new_value_scale = 1.0, 1.0
+        tl.store(keys_ptr + slot + dims[None, :], new_key, mask=dim_mask[None, :])
+        tl.store(keys_ptr + slot + value_stride + dims[None, :], new_value, mask=dim_mask[None, :])
         is_first_lane = tl.arange(0, TILE_TOKENS) == 0
-        top, total, result = _attend(q, top, total, result, is_first_lane, key, value, key_scale, value_scale, IS_INT8)
+        top, total, result = _attend(
+            q, top, total, result, is_first_lane, new_key, new_value, new_key_scale, new_value_scale, IS_INT8
+        )  # fmt: skip
 
     best = tl.max(top, axis=0)
     share = tl.exp2(top - best)
@@ -166,8 +191,7 @@ def _decode_one_head(
     tl.debug_barrier()  # one thread counts for all: what the others have stored comes before
     if tl.atomic_add(arrivals_ptr + vector, 1, sem="acq_rel") == used_splits - 1:
         tl.store(arrivals_ptr + vector, 0)
-        CHUNK: tl.constexpr = TILE_TOKENS  # as many registers as a tile of values takes
-        whole = weigh_splits(partial_ptr, lse_ptr, first_row, used_splits, HEAD_SIZE, DIM_TILE, CHUNK)
+        whole = weigh_splits(partial_ptr, lse_ptr, first_row, used_splits, HEAD_SIZE, DIM_TILE, 32)
         tl.store(out_ptrs, whole, mask=dim_mask)
 
 
@@ -178,6 +202,7 @@ class _Cut(NamedTuple):
     tile_tokens: int
     num_stages: int
     num_warps: int
+    is_early: bool = False  # overlap.py has what that means
 
 
 # 256 tokens of a 128-wide float16 head are 128 KB, about 5 us of one SM's share of an H100's memory. Tiles of K and V
@@ -186,16 +211,22 @@ class _Cut(NamedTuple):
 _MANY = _Cut(256, 16, 3, 2)
 # Fewer programs than keep an SM busy: a sequence of 192 tokens in splits of 256 takes 8.3 us, in these 7.5 (H200).
 _SOME = _Cut(64, 16, 3, 2)
-# One sequence or two: what counts is the time of one program, so a split is one tile.
-_FEW = _Cut(32, 32, 1, 4)
+# One sequence or a few: what counts is the time of one program, so a split is one tile. Of a 7B model's layer the first
+# saves 1.3 us for a sequence of 170 tokens, beside the second, and costs 3.5 for one of 1070: many splits take long to
+# be weighed (H100).
+_FEW_SHORT = _Cut(16, 16, 1, 2, is_early=True)
+_FEW_LONG = _Cut(64, 64, 1, 4)
+_SHORT_TOKENS = 512
 # Pairs of a sequence and a head from which on a cut is best, for 132 SMs.
 MANY_VECTORS, SOME_VECTORS = 768, 192
 
 
-def _cut(num_vectors: int, is_batch_invariant: bool) -> _Cut:
+def _cut(num_vectors: int, max_length: int, is_batch_invariant: bool) -> _Cut:
     if is_batch_invariant or num_vectors >= MANY_VECTORS:
         return _MANY
-    return _SOME if num_vectors >= SOME_VECTORS else _FEW
+    if num_vectors >= SOME_VECTORS:
+        return _SOME
+    return _FEW_SHORT if max_length <= _SHORT_TOKENS else _FEW_LONG
 
 
 def decode_one_head(
@@ -211,6 +242,7 @@ def decode_one_head(
     step: StepShape,
     q_scaling: float,
     rules: RopeRules,
+    turns: torch.Tensor,
     arrivals: Arrivals,
     is_batch_invariant: bool,
 ) -> None:
@@ -218,21 +250,23 @@ def decode_one_head(
     num_heads, head_size = out.shape[1:]
     assert qkv.is_contiguous() and qkv.shape[1] == 3 * num_heads * head_size
     decodes = step.batch_size - step.num_contexts
-    cut = _cut(decodes * num_heads, is_batch_invariant)
+    cut = _cut(decodes * num_heads, step.max_sequence_length, is_batch_invariant)
     num_splits = triton.cdiv(step.max_sequence_length, cut.split_tokens)
     if num_splits == 1:
         partial = lse = out  # never read or written
     else:
         partial = torch.empty((decodes, num_heads, num_splits, head_size), dtype=torch.float32, device=qkv.device)
         lse = torch.empty((decodes, num_heads, num_splits), dtype=torch.float32, device=qkv.device)
+    can_overlap = has_dependent_launch(qkv.device)
+    is_early = can_overlap and cut.is_early
     _decode_one_head[(decodes, num_heads, num_splits)](
-        qkv, past_key_value, key_value_scales, position_ids, context_lengths, sequence_length, block_tables,
+        qkv, past_key_value, key_value_scales, turns, position_ids, context_lengths, sequence_length, block_tables,
         out, partial, lse, arrivals.of(decodes * num_heads, qkv.device),
         step.num_contexts, step.num_context_tokens, num_splits, block_tables.stride(0), *pool_strides(past_key_value),
         math.log2(math.e) / (q_scaling * math.sqrt(head_size)),
         NUM_HEADS=num_heads, HEAD_SIZE=head_size, DIM_TILE=padded_width(head_size),
         TOKENS_PER_BLOCK=past_key_value.shape[3], **rules.constants,
         SPLIT_TOKENS=cut.split_tokens, TILE_TOKENS=cut.tile_tokens, NUM_STAGES=cut.num_stages,
-        IS_INT8=key_value_scales is not None, OVERLAP=has_dependent_launch(qkv.device), num_warps=cut.num_warps,
-        maxnreg=128,  # of two warps each, eight programs share an SM
+        IS_INT8=key_value_scales is not None, IS_EARLY=is_early, OVERLAP=can_overlap, launch_pdl=is_early,
+        num_warps=cut.num_warps, maxnreg=128,  # of two warps each, eight programs share an SM
     )  # fmt: skip

@@ -9,9 +9,9 @@ qkv is [tokens, (num_heads + 2 num_kv_heads) head_size], q first, then k, then v
 [tokens, num_heads, head_size] in qkv's dtype; k and v go to the pool at their position (kv_pool.py has its layout),
 into an int8 pool as integers that are made from the float32 values, and a scale.
 
-Alpha is found by comparing integers, as a rounded logarithm is a step off at its powers of two. The angle is
-reduced to one turn in float64: in float32 a position of 32768 times a frequency is already off by 2e-3. It costs a
-few dozen float64 instructions per token and frequency, beside which a program moves kilobytes.
+Alpha is found by comparing integers, as a rounded logarithm is a step off at its powers of two. What a position turns a
+dim by is a table in float64, a row for each alpha, and the angle is reduced to one turn in float64: in float32 a
+position of 32768 times a frequency is already off by 2e-3.
 """
 
 # mypy: allow-untyped-defs
@@ -62,27 +62,26 @@ def _cos_sin(turns):
 
 
 @triton.jit
-def rotation(
-    position, context_lengths_ptr, sequence, dims,
-    ROTARY_DIM: tl.constexpr, LOG2_BASE: tl.constexpr, NTK_LENGTH: tl.constexpr,
-):  # fmt: skip
-    """(cosine, sine, partner) of every dim: x cosine + x[partner] sine is x turned.
-
-    Dim i and dim i + d/2 share a frequency, dims from d on do not turn.
-    """
+def rotary_partner(dims, ROTARY_DIM: tl.constexpr):
+    """The dim that each one turns with: i with i + d/2; dims from d on do not turn."""
     HALF: tl.constexpr = ROTARY_DIM // 2
-    log2_base = tl.full([], LOG2_BASE, tl.float64)
+    return tl.where(dims < HALF, dims + HALF, tl.where(dims < ROTARY_DIM, dims - HALF, dims))
+
+
+@triton.jit
+def rotation(
+    position, context_lengths_ptr, sequence, turns_ptr, dims, ROTARY_DIM: tl.constexpr, NTK_LENGTH: tl.constexpr
+):  # fmt: skip
+    """(cosine, sine) of every dim: x cosine + x[rotary_partner] sine is x turned."""
+    HALF: tl.constexpr = ROTARY_DIM // 2
     if NTK_LENGTH > 0:
         context_length = tl.load(context_lengths_ptr + sequence)
         doublings = tl.full([], NTK_LENGTH, tl.int64) << tl.arange(0, 32)
-        alpha = (tl.full([], 2, tl.int64) << tl.sum((context_length > doublings).to(tl.int64))) - 1
-        log2_base += tl.log2(alpha.to(tl.float64)) * (ROTARY_DIM / (ROTARY_DIM - 2))
-    frequency = tl.exp2((dims % HALF).to(tl.float64) * (-2.0 / ROTARY_DIM) * log2_base)
-    cosine, sine = _cos_sin(position.to(tl.float64) * frequency * 0.15915494309189535)
+        turns_ptr += tl.sum((context_length > doublings).to(tl.int32)) * HALF
+    cosine, sine = _cos_sin(position.to(tl.float64) * tl.load(turns_ptr + dims % HALF))
     cosine = tl.where(dims < ROTARY_DIM, cosine, 1.0)
     sine = tl.where(dims < HALF, -sine, tl.where(dims < ROTARY_DIM, sine, 0.0))
-    partner = tl.where(dims < HALF, dims + HALF, tl.where(dims < ROTARY_DIM, dims - HALF, dims))
-    return cosine, sine, partner
+    return cosine, sine
 
 
 @triton.jit
@@ -99,10 +98,11 @@ def logn_factor(position, LOGN_LENGTH: tl.constexpr):
     ],
 )  # fmt: skip
 def _rope_kv(
-    qkv_ptr, q_ptr, pool_ptr, scales_ptr, position_ids_ptr, query_starts_ptr, context_lengths_ptr, block_tables_ptr,
+    qkv_ptr, q_ptr, pool_ptr, scales_ptr, turns_ptr,
+    position_ids_ptr, query_starts_ptr, context_lengths_ptr, block_tables_ptr,
     batch_size, table_stride, block_stride, value_stride, head_stride, token_stride,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, TOKENS_PER_BLOCK: tl.constexpr,
-    ROTARY_DIM: tl.constexpr, LOG2_BASE: tl.constexpr, NTK_LENGTH: tl.constexpr, LOGN_LENGTH: tl.constexpr,
+    ROTARY_DIM: tl.constexpr, NTK_LENGTH: tl.constexpr, LOGN_LENGTH: tl.constexpr,
     ONE_TOKEN_EACH: tl.constexpr, IS_INT8: tl.constexpr, HEAD_TILE: tl.constexpr, DIM_TILE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -115,9 +115,8 @@ def _rope_kv(
         sequence = _sequence_of(token, query_starts_ptr, batch_size, 128)
     position = tl.load(position_ids_ptr + token)
 
-    cosine, sine, partner = rotation(
-        position, context_lengths_ptr, sequence, dims, ROTARY_DIM, LOG2_BASE, NTK_LENGTH
-    )  # fmt: skip
+    cosine, sine = rotation(position, context_lengths_ptr, sequence, turns_ptr, dims, ROTARY_DIM, NTK_LENGTH)
+    partner = rotary_partner(dims, ROTARY_DIM)
 
     wait_for_previous(OVERLAP)  # the inputs of a step, read until here, are older than all its kernels
     # [HEAD_TILE, DIM_TILE]
@@ -155,11 +154,16 @@ class RopeRules(NamedTuple):
     logn_length: int
 
     @property
-    def constants(self) -> dict[str, float]:
-        return dict(
-            ROTARY_DIM=self.rotary_dim, LOG2_BASE=math.log2(self.rotary_base), NTK_LENGTH=self.ntk_length,
-            LOGN_LENGTH=self.logn_length,
-        )  # fmt: skip
+    def constants(self) -> dict[str, int]:
+        """What the kernels are compiled for."""
+        return dict(ROTARY_DIM=self.rotary_dim, NTK_LENGTH=self.ntk_length, LOGN_LENGTH=self.logn_length)
+
+    def turns(self, device: torch.device) -> torch.Tensor:
+        """float64 [33, rotary_dim / 2]: turns for each position, in row k for alpha = 2^(k + 1) - 1."""
+        alpha = 2.0 ** torch.arange(1, 34, dtype=torch.float64) - 1
+        base = self.rotary_base * alpha ** (self.rotary_dim / (self.rotary_dim - 2))
+        exponents = torch.arange(0, self.rotary_dim, 2, dtype=torch.float64) / self.rotary_dim
+        return (base[:, None] ** -exponents / (2 * math.pi)).to(device)
 
 
 def rope_kv(
@@ -176,6 +180,7 @@ def rope_kv(
     num_kv_heads: int,
     head_size: int,
     rules: RopeRules,
+    turns: torch.Tensor,
 ) -> torch.Tensor:
     """Write keys and values of qkv, the step's first tokens, to the pool.
 
@@ -191,7 +196,7 @@ def rope_kv(
     grid = (tokens, triton.cdiv(num_heads + 2 * num_kv_heads, head_tile))
     block_stride, value_stride, head_stride, token_stride = pool_strides(past_key_value)
     _rope_kv[grid](
-        qkv, q, past_key_value, key_value_scales, position_ids, query_starts, context_lengths, block_tables,
+        qkv, q, past_key_value, key_value_scales, turns, position_ids, query_starts, context_lengths, block_tables,
         step.batch_size, block_tables.stride(0), block_stride, value_stride, head_stride, token_stride,
         NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_SIZE=head_size, TOKENS_PER_BLOCK=past_key_value.shape[3],
         **rules.constants,

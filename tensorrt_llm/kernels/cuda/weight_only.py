@@ -35,11 +35,12 @@ from ...quantization.quantize import integers_of
 from ..quantized_reference import split_optional
 from ..tactics import Tactic, Tactics
 from ..tactics.weight_only import plane_size
+from . import resident_stream
 from .epilogue import interleaved, store_outputs, tile_rows
 from .integer_planes import HAS_PTX, integer_plane
 from .kv_pool import dot_dtype
 from .linear import library_matmul
-from .overlap import overlapping, start_next, wait_for_previous
+from .overlap import has_dependent_launch, overlapping, start_next, wait_for_previous
 
 # The bits of one in float32. An integer among the last 23 of them adds its share of one. The kernel takes this as an
 # argument: an instruction has room for one constant, and that is the mask or the choice of bytes.
@@ -431,7 +432,7 @@ def _multiply(
     assert x.is_contiguous() and weight.words.is_contiguous(), "weight-only matmul: rows must be contiguous"
     if tactic.way == "widened":
         return _multiply_widened(x, weight, bias, dtype, is_gated)
-    if tactic.way == "stream":
+    if tactic.way in ("stream", "resident"):
         return _launch_stream(x, weight, bias, dtype, is_gated, tactic)
     return _launch_tiles(x, weight, bias, dtype, is_gated, tactic)
 
@@ -446,6 +447,12 @@ def _launch_stream(
 ) -> torch.Tensor:
     assert x.shape[0] == 1, f"weight-only matmul: a stream of {x.shape[0]} tokens"
     out = _empty_output(1, weight, dtype, is_gated, x.device)
+    if tactic.way == "resident" and has_dependent_launch(x.device):
+        resident_stream.multiply(
+            x, weight.words, weight.scale, weight.zero, bias, out, bits=weight.bits,
+            planes_per_scale=_planes_per_scale(weight), planes_per_group=weight.planes_per_group, is_gated=is_gated,
+        )  # fmt: skip
+        return out
     row_tile = tactic.row_tile
     _stream_rows[(triton.cdiv(weight.num_rows, row_tile),)](
         x.view(torch.int32), weight.words.view(torch.int32), weight.scale,

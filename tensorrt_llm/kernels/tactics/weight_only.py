@@ -1,12 +1,14 @@
 """Tactics of matmuls with a weight of 8 or 4 bits: kernels/cuda/weight_only.py has the kernels and the layout.
 
 stream   row_tile rows of the weight a program, depth_tile columns at a time; one token, of an even number of values
+resident all of the weight in registers at once, in float16 on a GPU that can start it early; else a stream
 tiles    tensor cores on tiles of token_tile x row_tile, a block of the layout at a time, whose depth may be divided
          among num_splits programs; any number of tokens
 widened  the weight widened to x's dtype, then cuBLAS; the only way for float32
 """
 
 import math
+from dataclasses import replace
 
 import torch
 
@@ -30,20 +32,35 @@ def block_size(shape: MatmulShape) -> int:
 
 
 def heuristic(shape: MatmulShape, tokens: int) -> Tactic:
-    """By times at the shapes of a 7B model.
-
-    Ten layers take 2 to 6 % less time with 264 programs at least than with 528, but for int8 at 8 tokens (H100).
-    """
+    """By times at the shapes of a 7B model on an H100: tools/kernel_bench.py, and ten layers in a row."""
     if tokens > _MOST_TOKENS_UNPACKED or shape.dtype == torch.float32:
         return WIDENED
     if tokens == 1 and shape.depth % 2 == 0:
-        return _stream(shape, 8 if shape.depth * shape.bits <= 16384 else 4, 1)
+        stream = _stream(shape, 8 if shape.depth * shape.bits <= 16384 else 4, 1)
+        return replace(stream, way="resident") if _fits_registers(shape) else stream
+    is_int4 = shape.bits == 4
     if tokens <= 8:
         # Tiles of 32 rows are too few for wgmma, so that a dot does not wait for the one before.
-        return _tiles(shape, tokens, 8, 32, 5, 2, wanted_programs=264 if shape.bits == 4 else 528)
+        return _tiles(shape, tokens, 8, 32, 5, 2, wanted_programs=768 if is_int4 else 528, most_splits=4)
     token_tile = min(next_power_of_2(tokens), 64)
-    num_stages = 3 if shape.bits == 4 or token_tile > 32 else 5
-    return _tiles(shape, tokens, token_tile, 64, num_stages, 4, wanted_programs=264)
+    num_stages = 3 if is_int4 else 4 if token_tile > 32 else 5
+    return _tiles(
+        shape, tokens, token_tile, 64, num_stages, 4, wanted_programs=264 if is_int4 else 384, most_splits=4
+    )
+
+
+# Two programs of 16 rows on each of 132 SMs, and bytes of a row that leave their registers room.
+_MOST_ROWS_RESIDENT, _MOST_BYTES_RESIDENT = 2 * 16 * 132, 4096
+
+
+def _fits_registers(shape: MatmulShape) -> bool:
+    """The output projection of a 7B model does: ten layers take 1 % less time with it, in int4 and in int8 (H100)."""
+    return (
+        shape.dtype == torch.float16
+        and plane_size(shape.depth, shape.num_groups) == 64
+        and shape.rows <= _MOST_ROWS_RESIDENT
+        and shape.depth * shape.bits // 8 <= _MOST_BYTES_RESIDENT
+    )
 
 
 def _stream(shape: MatmulShape, row_tile: int, share: float) -> Tactic:
@@ -63,11 +80,12 @@ def _tiles(
     num_stages: int,
     num_warps: int,
     wanted_programs: int,
+    most_splits: int = 16,
 ) -> Tactic:
     """Where rows are too few for the programs that are wanted, each is divided into pieces of four blocks or more."""
     tiles = -(-tokens // token_tile) * -(-shape.rows // row_tile)
     num_blocks = -(-shape.depth // block_size(shape))
-    num_splits = max(1, min(wanted_programs // max(tiles, 1), num_blocks // 4))
+    num_splits = max(1, min(wanted_programs // max(tiles, 1), num_blocks // 4, most_splits))
     # What is left when every split has the same number of blocks, but for the last.
     num_splits = -(-num_blocks // -(-num_blocks // num_splits))
     return Tactic("tiles", token_tile, row_tile, 0, num_stages, num_warps, num_splits)
@@ -92,6 +110,7 @@ def candidates(shape: MatmulShape, tokens: int) -> list[Tactic]:
     if shape.dtype == torch.float32:
         return found
     if tokens == 1 and shape.depth % 2 == 0:
+        found.append(_stream(shape, 8 if shape.depth * shape.bits <= 16384 else 4, 1))
         streams = [_stream(shape, rows, share) for rows in (2, 4, 8) for share in (0.5, 1, 2)]
         # Pieces of rows are unrolled: more of them compile for seconds, and spill.
         found += [
