@@ -86,12 +86,11 @@ class Session:
                 prepare_device(self.device)
             with _timed("kernels imported"):
                 is_invariant = self.config.batch_invariant
-                tactics = stored_tactics(engine, self.device)
-                kernels = (
-                    reference_kernels()
-                    if reference
-                    else kernels_for(self.device, batch_invariant=is_invariant, tactics=tactics)
-                )
+                if reference:
+                    kernels = reference_kernels()
+                else:
+                    tactics = stored_tactics(engine, self.device)
+                    kernels = kernels_for(self.device, batch_invariant=is_invariant, tactics=tactics)
             with compiler_starting(self.device, engine.path and engine.path.parent / KERNEL_FOLDER):
                 self._executor = Executor(engine.plan, engine.weights, kernels, self.device, float32=reference)
         is_float = self.config.kv_dtype != "int8"

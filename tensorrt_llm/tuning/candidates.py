@@ -134,6 +134,8 @@ def _trials(plan: Plan, most_tokens: Mapping[str, int], bench: Bench, only: Coll
     for shape, node in matmuls_of(plan).items():
         most = most_tokens[str(node.outputs[0].shape[0])]
         buckets = [bucket for bucket in BUCKETS if bucket in only and bucket <= bucket_of(most)]
+        if not buckets:
+            continue
         call = RandomCall(node, specs, weight_names, buckets[-1], bench.device)
         tactics = {bucket: bench.candidates(shape, bucket) for bucket in buckets}
         yield _Trial(node.outputs[0].name.rpartition(".")[0], shape, call, tactics, bench)

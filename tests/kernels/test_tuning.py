@@ -99,6 +99,11 @@ def test_every_matmul_is_measured_up_to_the_bucket_of_its_most_tokens(engine: En
     assert found == expected
 
 
+def test_a_matmul_of_fewer_tokens_than_are_asked_for_is_left_out(engine: Engine) -> None:
+    found = {item.shape.rows for item in measure_matmuls(engine.plan, SIZES, bench(), only=[2])}
+    assert found == {shape.rows for shape in matmuls_of(engine.plan)} - {61}
+
+
 def test_a_tactic_that_is_wrong_is_left_out_and_named(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
     broken = changed(lambda tactic, made: made * 1.1 if tactic == RIVAL else made)
     assert list(measured_qkv(engine, replace(bench(), kernels=broken)).seconds) == [heuristic(SHAPE, 2), LIBRARY]
