@@ -70,9 +70,9 @@ def measured_qkv(engine: Engine, on: Bench) -> Measured:
     return found
 
 
-def times(*seconds: float) -> Measured:
-    tactics = few_candidates(SHAPE, 2)
-    return Measured("qkv", SHAPE, 2, 1, dict(zip(tactics, seconds, strict=True)))
+def times(*seconds: float, tokens: int = 2) -> Measured:
+    tactics = few_candidates(SHAPE, tokens)
+    return Measured("qkv", SHAPE, tokens, 1, dict(zip(tactics, seconds, strict=True)))
 
 
 # Who wins
@@ -85,6 +85,11 @@ def test_the_fastest_wins() -> None:
 def test_a_rival_that_is_faster_by_noise_does_not_win() -> None:
     assert winner_of(times(1.0, 0.99, 1.2)) == heuristic(SHAPE, 2)
     assert winner_of(times(1.0, 0.97, 1.2)) == RIVAL
+
+
+def test_chains_of_one_token_are_believed_less() -> None:
+    assert winner_of(times(1.0, 0.9, 1.2, tokens=1)) == heuristic(SHAPE, 1)
+    assert winner_of(times(1.0, 0.8, 1.2, tokens=1)) != heuristic(SHAPE, 1)
 
 
 # Who takes part
