@@ -268,5 +268,7 @@ def decode_one_head(
         TOKENS_PER_BLOCK=past_key_value.shape[3], **rules.constants,
         SPLIT_TOKENS=cut.split_tokens, TILE_TOKENS=cut.tile_tokens, NUM_STAGES=cut.num_stages,
         IS_INT8=key_value_scales is not None, IS_EARLY=is_early, OVERLAP=can_overlap, launch_pdl=is_early,
-        num_warps=cut.num_warps, maxnreg=128,  # of two warps each, eight programs share an SM
+        num_warps=cut.num_warps,
+        # Of two warps each, eight programs share an SM. Float32 is for exactness, and would spill.
+        maxnreg=None if qkv.dtype == torch.float32 else 128,
     )  # fmt: skip
