@@ -14,19 +14,23 @@
 #include "pool.h"
 #include "vec.h"
 
-#define STREAMED_ROWS 8   // of a weight at once, for one token
-#define PANEL_ROWS 24     // of a weight at once, for several
+// For one token a thread follows eight streams of memory, each of neighbouring rows: the processor fetches ahead what goes
+// on for long. Eight neighbouring rows of 1792 bytes at a time are read at 16 to 20 GB/s, far ones at 26 to 35 (two threads, EPYC 7003).
+#define STREAMS 8
+#define MOST_ROWS_OF_STREAM 64
+#define PIECES_OF_PRODUCT 16
+#define BYTES_AHEAD 1024
+#define PANEL_ROWS 24     // of a weight at once, for several tokens
 #define PANEL_COLUMNS 1024
 #define TILE_ROWS 3       // 3 x 4 sums, 4 x and a row's w fill the 16 registers
 #define TILE_TOKENS 4
 #define MOST_TOKENS 64    // that share one reading of the weight
-#define PIECE_BYTES 65536 // of a weight, for one token
 
 struct job {
     const struct product *product;
     size_t width;         // groups * padded
     size_t first_token, tokens;
-    size_t rows_of_piece;
+    size_t rows_of_stream;
     float *x;             // [tokens, groups, padded], int4: in the order of nibbles
     float *x_sums;        // [tokens, groups, 8]
 };
@@ -128,32 +132,34 @@ INLINE void put(const struct product *p, size_t token, size_t row, size_t count,
 
 // One token
 
-INLINE __m256 stream8(const struct job *job, const struct weight *w, size_t first, enum format format) {
+// Sums of eight rows that lie `apart` rows from each other.
+INLINE __m256 stream8(const struct job *job, const struct weight *w, size_t first, size_t apart, enum format format) {
     const struct product *p = job->product;
     const size_t pitch = bytes_of_columns(job->width, format);
-    const size_t ahead = STREAMED_ROWS * pitch <= 16384 ? STREAMED_ROWS * pitch : 1024;
-    const char *rows[STREAMED_ROWS];
-    __m256 total[STREAMED_ROWS];
-    for (int r = 0; r < STREAMED_ROWS; r++) {
-        rows[r] = (const char *)w->rows + smaller(first + r, p->n - 1) * pitch;
+    size_t row[STREAMS];
+    const char *rows[STREAMS];
+    __m256 total[STREAMS];
+    for (int r = 0; r < STREAMS; r++) {
+        row[r] = smaller(first + r * apart, p->n - 1);
+        rows[r] = (const char *)w->rows + row[r] * pitch;
         total[r] = _mm256_setzero_ps();
     }
     for (size_t group = 0; group < p->groups; group++) {
         const size_t end = (group + 1) * p->padded;
         const __m256 x_sum = _mm256_loadu_ps(job->x_sums + group * 8);
-        __m256 sum[STREAMED_ROWS];
-        for (int r = 0; r < STREAMED_ROWS; r++) {
-            sum[r] = r == 0 || w->zero ? start_of(p, w, first + r, group, x_sum) : sum[0];
+        __m256 sum[STREAMS];
+        for (int r = 0; r < STREAMS; r++) {
+            sum[r] = r == 0 || w->zero ? start_of(p, w, row[r], group, x_sum) : sum[0];
         }
         for (size_t column = group * p->padded; column < end; column += 64) {
             const size_t byte = bytes_of_columns(column, format);
             const float *x = job->x + column;
             for (size_t line = 0; line < bytes_of_columns(64, format); line += 64) {
-                for (int r = 0; r < STREAMED_ROWS; r++) _mm_prefetch(rows[r] + byte + line + ahead, _MM_HINT_T0);
+                for (int r = 0; r < STREAMS; r++) _mm_prefetch(rows[r] + byte + line + BYTES_AHEAD, _MM_HINT_T0);
             }
             if (format == INT4) {
                 // Four rows' words and sums stay in registers, and their chains of sums overlap.
-                for (int half = 0; half < STREAMED_ROWS; half += 4) {
+                for (int half = 0; half < STREAMS; half += 4) {
                     __m256i words[4];
                     for (int r = 0; r < 4; r++) words[r] = _mm256_loadu_si256((const __m256i *)(rows[half + r] + byte));
                     for (int j = 0; j < 8; j++) {
@@ -166,14 +172,14 @@ INLINE __m256 stream8(const struct job *job, const struct weight *w, size_t firs
             } else {
                 for (int j = 0; j < 8; j++) {
                     __m256 x8 = _mm256_loadu_ps(x + 8 * j);
-                    for (int r = 0; r < STREAMED_ROWS; r++) {
+                    for (int r = 0; r < STREAMS; r++) {
                         sum[r] = _mm256_fmadd_ps(load8(rows[r] + byte, 8 * j, format), x8, sum[r]);
                     }
                 }
             }
         }
-        for (int r = 0; r < STREAMED_ROWS; r++) {
-            total[r] = format <= BFLOAT16 ? sum[r] : add_group(p, w, first + r, group, sum[r], total[r]);
+        for (int r = 0; r < STREAMS; r++) {
+            total[r] = format <= BFLOAT16 ? sum[r] : add_group(p, w, row[r], group, sum[r], total[r]);
         }
     }
     return sum_each(total);
@@ -181,12 +187,19 @@ INLINE __m256 stream8(const struct job *job, const struct weight *w, size_t firs
 
 INLINE void stream_piece(const struct job *job, size_t piece, enum format format) {
     const struct product *p = job->product;
-    size_t end = smaller((piece + 1) * job->rows_of_piece, p->n);
-    for (size_t row = piece * job->rows_of_piece; row < end; row += STREAMED_ROWS) {
-        __m256 branch = stream8(job, &p->weight, row, format);
-        __m256 gate = p->gate.rows ? stream8(job, &p->gate, row, format) : branch;
-        size_t count = end - row;
-        put(p, job->first_token, row, count, finished(p, row, count, branch, gate));
+    const size_t apart = job->rows_of_stream, first = piece * STREAMS * apart;
+    float branches[2][STREAMS * MOST_ROWS_OF_STREAM];
+    for (int branch = 0; branch < (p->gate.rows ? 2 : 1); branch++) {
+        for (size_t row = 0; row < apart; row++) {
+            float sums[STREAMS];
+            _mm256_storeu_ps(sums, stream8(job, branch ? &p->gate : &p->weight, first + row, apart, format));
+            for (int r = 0; r < STREAMS; r++) branches[branch][r * apart + row] = sums[r];
+        }
+    }
+    const size_t end = smaller(first + STREAMS * apart, p->n);
+    for (size_t row = first; row < end; row += 8) {
+        __m256 branch = _mm256_loadu_ps(branches[0] + row - first), gate = _mm256_loadu_ps(branches[1] + row - first);
+        put(p, job->first_token, row, end - row, finished(p, row, end - row, branch, gate));
     }
 }
 
@@ -335,13 +348,14 @@ int multiply(const struct product *product) {
         if (!pool_scratch(thread, sizeof(struct panel))) return -1;
     }
     job.x_sums = job.x + x_bytes / sizeof(float);
-    size_t row_bytes = bytes_of_columns(job.width, product->format);
-    job.rows_of_piece = rounded_up(PIECE_BYTES / row_bytes + 1, STREAMED_ROWS);
+    size_t rows_of_stream = (product->n + PIECES_OF_PRODUCT * STREAMS - 1) / (PIECES_OF_PRODUCT * STREAMS);
+    job.rows_of_stream = smaller(rows_of_stream, MOST_ROWS_OF_STREAM);
     for (; job.first_token < product->tokens; job.first_token += job.tokens) {
         job.tokens = smaller(product->tokens - job.first_token, MOST_TOKENS);
         if (job.tokens == 1) {
             lay_out_token(&job, 0, 0);
-            pool_run(stream[product->format], &job, (product->n + job.rows_of_piece - 1) / job.rows_of_piece);
+            size_t rows = job.rows_of_stream * STREAMS;
+            pool_run(stream[product->format], &job, (product->n + rows - 1) / rows);
         } else {
             pool_run(lay_out_token, &job, job.tokens);
             pool_run(multiply_piece, &job, (product->n + PANEL_ROWS - 1) / PANEL_ROWS);
