@@ -5,12 +5,11 @@
 //     lane l of sum    = -zero[group] (x[l] + x[l + 8] + ...) + x[l] w[l] + x[l + 8] w[l + 8] + ...  (in a group)
 //     lane l of total  = ... + scale[group] sum
 //     y                = ((total[0] + total[4]) + (total[2] + total[6])) + ...
-//
-// An int4 weight is widened where it lies: of eight nibbles in a 32-bit word number j is worth q 16^j, so masking and
-// converting make eight floats of eight words, and x waits in the same order, divided by 16^j beforehand. All of that is
-// exact: what is rounded are sums in float32.
+////
+// int4 weights are multiplied in int4.c.
 #include "matmul.h"
 
+#include "epilogue.h"
 #include "pool.h"
 #include "vec.h"
 
@@ -31,47 +30,19 @@ struct job {
     size_t width;         // groups * padded
     size_t first_token, tokens;
     size_t rows_of_stream;
-    float *x;             // [tokens, groups, padded], int4: in the order of nibbles
+    float *x;             // [tokens, groups, padded]
     float *x_sums;        // [tokens, groups, 8]
 };
 
 // x as the weight wants it
 
-INLINE void transpose8(__m256 r[8]) {
-    __m256 a[8], b[8];
-    for (int i = 0; i < 8; i += 2) {
-        a[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
-        a[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
-    }
-    for (int i = 0; i < 8; i += 4) {
-        b[i] = _mm256_shuffle_ps(a[i], a[i + 2], 0x44);
-        b[i + 1] = _mm256_shuffle_ps(a[i], a[i + 2], 0xEE);
-        b[i + 2] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0x44);
-        b[i + 3] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0xEE);
-    }
-    for (int i = 0; i < 4; i++) {
-        r[i] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x20);
-        r[i + 4] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
-    }
-}
-
-// 16^-j; the last nibble is shifted down instead, as it would be a sign.
-static const float nibble_worth[8] = {1.f, 0x1p-4f, 0x1p-8f, 0x1p-12f, 0x1p-16f, 0x1p-20f, 0x1p-24f, 1.f};
-
 INLINE void lay_out_group(const struct product *p, size_t from, float *x, float *x_sums, enum format format) {
     __m256 sums = _mm256_setzero_ps();
-    for (size_t column = 0; column < p->padded; column += 64) {
-        __m256 part[8];
-        for (int j = 0; j < 8; j++) {
-            size_t at = column + 8 * j;
-            part[j] = at < p->columns ? load_some(p->x, from + at, p->columns - at, format) : _mm256_setzero_ps();
-        }
-        if (p->format == INT4) transpose8(part);
-        for (int j = 0; j < 8; j++) {
-            sums = _mm256_add_ps(sums, part[j]);
-            if (p->format == INT4) part[j] = _mm256_mul_ps(part[j], _mm256_set1_ps(nibble_worth[j]));
-            _mm256_storeu_ps(x + column + 8 * j, part[j]);
-        }
+    for (size_t column = 0; column < p->padded; column += 8) {
+        size_t count = column < p->columns ? p->columns - column : 0;
+        __m256 part = count ? load_some(p->x, from + column, count, format) : _mm256_setzero_ps();
+        sums = _mm256_add_ps(sums, part);
+        _mm256_storeu_ps(x + column, part);
     }
     _mm256_storeu_ps(x_sums, sums);
 }
@@ -94,40 +65,15 @@ static void lay_out_token(void *data, size_t token, int thread) {
 
 // What both ways share
 
-INLINE __m256 nibbles(__m256i words, int j) {
-    if (j == 7) return _mm256_cvtepi32_ps(_mm256_srli_epi32(words, 28));
-    return _mm256_cvtepi32_ps(_mm256_and_si256(words, _mm256_set1_epi32(15 << (4 * j))));
-}
-
-INLINE size_t bytes_of_columns(size_t columns, enum format format) {
-    return format == INT4 ? columns / 2 : columns * bytes_of(format);
-}
-
-// What a row's sum over a group starts from: that which is stored is larger than the weight by zero or offset.
+// What a row's sum over a group starts from: that which is stored is larger than the weight by `zero`.
 INLINE __m256 start_of(const struct product *p, const struct weight *w, size_t row, size_t group, __m256 x_sum) {
-    if (!w->zero && p->offset == 0) return _mm256_setzero_ps();
-    float excess = w->zero ? w->zero[group * p->scale_pitch + row] : p->offset;
-    return _mm256_mul_ps(_mm256_set1_ps(-excess), x_sum);
+    if (!w->zero) return _mm256_setzero_ps();
+    return _mm256_mul_ps(_mm256_set1_ps(-w->zero[row * p->groups + group]), x_sum);
 }
 
 INLINE __m256 add_group(const struct product *p, const struct weight *w, size_t row, size_t group, __m256 sum,
                         __m256 total) {
-    return _mm256_fmadd_ps(_mm256_broadcast_ss(w->scale + group * p->scale_pitch + row), sum, total);
-}
-
-INLINE size_t smaller(size_t a, size_t b) { return a < b ? a : b; }
-
-INLINE __m256 finished(const struct product *p, size_t row, size_t count, __m256 branch, __m256 gate) {
-    if (p->gate.rows) return _mm256_mul_ps(silu8(branch), gate);
-    return p->bias ? _mm256_add_ps(branch, load_some(p->bias, row, count, FLOAT32)) : branch;
-}
-
-INLINE void put(const struct product *p, size_t token, size_t row, size_t count, __m256 y) {
-    switch (p->y_format) {
-    case FLOAT32: store_some(p->y, token * p->n + row, count, y, FLOAT32); break;
-    case FLOAT16: store_some(p->y, token * p->n + row, count, y, FLOAT16); break;
-    default: store_some(p->y, token * p->n + row, count, y, BFLOAT16); break;
-    }
+    return _mm256_fmadd_ps(_mm256_broadcast_ss(w->scale + row * p->groups + group), sum, total);
 }
 
 // One token
@@ -135,7 +81,7 @@ INLINE void put(const struct product *p, size_t token, size_t row, size_t count,
 // Sums of eight rows that lie `apart` rows from each other.
 INLINE __m256 stream8(const struct job *job, const struct weight *w, size_t first, size_t apart, enum format format) {
     const struct product *p = job->product;
-    const size_t pitch = bytes_of_columns(job->width, format);
+    const size_t pitch = job->width * bytes_of(format);
     size_t row[STREAMS];
     const char *rows[STREAMS];
     __m256 total[STREAMS];
@@ -152,29 +98,15 @@ INLINE __m256 stream8(const struct job *job, const struct weight *w, size_t firs
             sum[r] = r == 0 || w->zero ? start_of(p, w, row[r], group, x_sum) : sum[0];
         }
         for (size_t column = group * p->padded; column < end; column += 64) {
-            const size_t byte = bytes_of_columns(column, format);
+            const size_t byte = column * bytes_of(format);
             const float *x = job->x + column;
-            for (size_t line = 0; line < bytes_of_columns(64, format); line += 64) {
+            for (size_t line = 0; line < 64 * bytes_of(format); line += 64) {
                 for (int r = 0; r < STREAMS; r++) _mm_prefetch(rows[r] + byte + line + BYTES_AHEAD, _MM_HINT_T0);
             }
-            if (format == INT4) {
-                // Four rows' words and sums stay in registers, and their chains of sums overlap.
-                for (int half = 0; half < STREAMS; half += 4) {
-                    __m256i words[4];
-                    for (int r = 0; r < 4; r++) words[r] = _mm256_loadu_si256((const __m256i *)(rows[half + r] + byte));
-                    for (int j = 0; j < 8; j++) {
-                        __m256 x8 = _mm256_loadu_ps(x + 8 * j);
-                        for (int r = 0; r < 4; r++) {
-                            sum[half + r] = _mm256_fmadd_ps(nibbles(words[r], j), x8, sum[half + r]);
-                        }
-                    }
-                }
-            } else {
-                for (int j = 0; j < 8; j++) {
-                    __m256 x8 = _mm256_loadu_ps(x + 8 * j);
-                    for (int r = 0; r < STREAMS; r++) {
-                        sum[r] = _mm256_fmadd_ps(load8(rows[r] + byte, 8 * j, format), x8, sum[r]);
-                    }
+            for (int j = 0; j < 8; j++) {
+                __m256 x8 = _mm256_loadu_ps(x + 8 * j);
+                for (int r = 0; r < STREAMS; r++) {
+                    sum[r] = _mm256_fmadd_ps(load8(rows[r] + byte, 8 * j, format), x8, sum[r]);
                 }
             }
         }
@@ -207,9 +139,8 @@ static void stream_float32(void *job, size_t piece, int thread) { (void)thread, 
 static void stream_float16(void *job, size_t piece, int thread) { (void)thread, stream_piece(job, piece, FLOAT16); }
 static void stream_bfloat16(void *job, size_t piece, int thread) { (void)thread, stream_piece(job, piece, BFLOAT16); }
 static void stream_int8(void *job, size_t piece, int thread) { (void)thread, stream_piece(job, piece, INT8); }
-static void stream_int4(void *job, size_t piece, int thread) { (void)thread, stream_piece(job, piece, INT4); }
 
-static const piece_function stream[] = {stream_float32, stream_float16, stream_bfloat16, stream_int8, stream_int4};
+static const piece_function stream[] = {stream_float32, stream_float16, stream_bfloat16, stream_int8};
 
 // Several tokens
 
@@ -222,29 +153,23 @@ struct panel {
 };
 
 INLINE void widen_row(const char *row, float *widened, size_t columns, enum format format) {
-    for (size_t column = 0; column < columns; column += 64) {
-        __m256i words;
-        if (format == INT4) words = _mm256_loadu_si256((const __m256i *)(row + column / 2));
-        for (int j = 0; j < 8; j++) {
-            __m256 w8 = format == INT4 ? nibbles(words, j) : load8(row, column + 8 * j, format);
-            _mm256_store_ps(widened + column + 8 * j, w8);
-        }
+    for (size_t column = 0; column < columns; column += 8) {
+        _mm256_store_ps(widened + column, load8(row, column, format));
     }
 }
 
 static void widen_panel(const struct job *job, const struct weight *w, size_t first, size_t from, size_t to,
                         struct panel *panel) {
     enum format format = job->product->format;
-    size_t pitch = bytes_of_columns(job->width, format);
+    size_t pitch = job->width * bytes_of(format);
     for (size_t r = 0; r < PANEL_ROWS; r++) {
         const char *row = (const char *)w->rows + smaller(first + r, job->product->n - 1) * pitch;
-        row += bytes_of_columns(from, format);
+        row += from * bytes_of(format);
         switch (format) {
         case FLOAT32: widen_row(row, panel->widened[r], to - from, FLOAT32); break;
         case FLOAT16: widen_row(row, panel->widened[r], to - from, FLOAT16); break;
         case BFLOAT16: widen_row(row, panel->widened[r], to - from, BFLOAT16); break;
-        case INT8: widen_row(row, panel->widened[r], to - from, INT8); break;
-        default: widen_row(row, panel->widened[r], to - from, INT4); break;
+        default: widen_row(row, panel->widened[r], to - from, INT8); break;
         }
     }
 }
@@ -262,7 +187,7 @@ INLINE void add_tile(const struct job *job, const struct weight *w, struct panel
         for (int i = 0; i < TILE_ROWS; i++) {
             __m256 x_sum = _mm256_loadu_ps(job->x_sums + ((token + t) * p->groups + group) * 8);
             sum[t][i] = from > group * p->padded ? _mm256_load_ps(panel->sums[token + t][r + i])
-                                                 : start_of(p, w, panel_row + r + i, group, x_sum);
+                                                 : start_of(p, w, smaller(panel_row + r + i, p->n - 1), group, x_sum);
         }
     }
     for (size_t column = 0; column < to - from; column += 8) {
@@ -283,7 +208,8 @@ INLINE void add_tile(const struct job *job, const struct weight *w, struct panel
                 _mm256_store_ps(total, sum[t][i]);
             } else {
                 __m256 before = group ? _mm256_load_ps(total) : _mm256_setzero_ps();
-                _mm256_store_ps(total, add_group(p, w, panel_row + r + i, group, sum[t][i], before));
+                size_t row = smaller(panel_row + r + i, p->n - 1);
+                _mm256_store_ps(total, add_group(p, w, row, group, sum[t][i], before));
             }
         }
     }
@@ -339,6 +265,7 @@ static void multiply_piece(void *data, size_t piece, int thread) {
 }
 
 int multiply(const struct product *product) {
+    if (product->format == INT4) return multiply_int4(product);
     struct job job = {.product = product, .width = product->groups * product->padded};
     size_t together = smaller(product->tokens, MOST_TOKENS);
     size_t x_bytes = together * job.width * sizeof(float);

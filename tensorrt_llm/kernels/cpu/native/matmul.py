@@ -19,7 +19,6 @@ Weights = tuple[torch.Tensor | None, ...]
 Place = Callable[[torch.Tensor], torch.Tensor]
 
 _COLUMNS_AT_ONCE = 64
-_ROWS_AT_ONCE = 24
 
 
 def prepare_matmul(weight: torch.Tensor, bias: torch.Tensor | None = None, *, dtype: str, place: Place) -> Weights:
@@ -55,10 +54,10 @@ def prepare_weight_only_quant_matmul(
     zero, bias = split_optional(zero_and_bias, has_zero)
     packing = 8 // bits
     grouped = weight.unflatten(1, (scale.shape[1], -1))
-    stored_zero = None if zero is None else _by_group(zero.float() + (8 if bits == 4 else 0))
+    stored_zero = None if zero is None else (zero.float() + (8 if bits == 4 else 0)).contiguous()
     return (
         place(_filled_up(grouped, packing).flatten(1)),
-        _by_group(scale.float()),
+        place(scale.float()),
         stored_zero,
         None if bias is None else bias.float().contiguous(),
     )
@@ -110,7 +109,7 @@ def _product(
     assert stored is not None
     rows, columns = stored.shape
     padded = columns * 2 if weight_format == INT4 else columns
-    groups = 1 if scale is None else scale.shape[0]
+    groups = 1 if scale is None else scale.shape[1]
     tokens, inner = x.shape
     group_columns = inner // groups
     if inner % groups or round_up(group_columns, _COLUMNS_AT_ONCE) * groups != padded:
@@ -124,7 +123,6 @@ def _product(
         groups,
         group_columns,
         padded // groups,
-        8 if weight_format == INT4 else 0,
         x.data_ptr(),
         float_format(x, "x"),
         *map(address, weight),
@@ -140,8 +138,3 @@ def _filled_up(grouped: torch.Tensor, packing: int) -> torch.Tensor:
     """[n, groups, columns], zeros at the end of each group; `packing` columns share an element."""
     columns = grouped.shape[-1] * packing
     return pad(grouped, (0, (round_up(columns, _COLUMNS_AT_ONCE) - columns) // packing))
-
-
-def _by_group(values: torch.Tensor) -> torch.Tensor:
-    """[n, groups] -> [groups, n filled up]: a group's values of neighbouring rows lie side by side."""
-    return pad(values.T, (0, -len(values) % _ROWS_AT_ONCE)).contiguous()

@@ -31,13 +31,13 @@ static PyObject *result_of(int status) {
 
 static PyObject *py_multiply(PyObject *module, PyObject *const *arguments, Py_ssize_t given) {
     (void)module;
-    size_t n[18];
-    if (!read_numbers(arguments, given, 18, n)) return NULL;
+    size_t n[17];
+    if (!read_numbers(arguments, given, 17, n)) return NULL;
     struct product product = {
         .format = (int)n[0], .tokens = n[1], .n = n[2], .groups = n[3], .columns = n[4], .padded = n[5],
-        .scale_pitch = (n[2] + 23) / 24 * 24, .offset = (float)n[6], .x = (void *)n[7], .x_format = (int)n[8],
-        .weight = {(void *)n[9], (void *)n[10], (void *)n[11]}, .gate = {(void *)n[12], (void *)n[13], (void *)n[14]},
-        .bias = (void *)n[15], .y = (void *)n[16], .y_format = (int)n[17],
+        .x = (void *)n[6], .x_format = (int)n[7],
+        .weight = {(void *)n[8], (void *)n[9], (void *)n[10]}, .gate = {(void *)n[11], (void *)n[12], (void *)n[13]},
+        .bias = (void *)n[14], .y = (void *)n[15], .y_format = (int)n[16],
     };
     int status;
     Py_BEGIN_ALLOW_THREADS
