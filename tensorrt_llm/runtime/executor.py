@@ -22,7 +22,7 @@ class Call:
 
     run: Callable[..., Any]
     reads: tuple[str, ...]  # values of the step
-    weights: tuple[torch.Tensor | None, ...]  # operands after them
+    weights: tuple[Any, ...]  # operands after them, as the kernel's prepare made them
     makes: tuple[str, ...]
     attrs: dict[str, Any]
     needs_step: bool
@@ -53,12 +53,17 @@ class Executor:
         values = dict(inputs)
         kept: dict[str, torch.Tensor] = {}
         for call in self._calls:
-            attrs = {**call.attrs, "step": step} if call.needs_step else call.attrs
-            made = call.run(*(values[name] for name in call.reads), *call.weights, **attrs)
-            for name, value in zip(call.makes, made if len(call.makes) > 1 else (made,), strict=True):
-                values[name] = value
-                if name in keep:
-                    kept[name] = value
+            operands = [values[name] for name in call.reads]
+            if call.needs_step:
+                made = call.run(*operands, *call.weights, step=step, **call.attrs)
+            else:
+                made = call.run(*operands, *call.weights, **call.attrs)
+            if len(call.makes) == 1:
+                values[call.makes[0]] = made
+            else:
+                values.update(zip(call.makes, made, strict=True))
+            if keep:
+                kept |= {name: values[name] for name in call.makes if name in keep}
             for name in call.releases:
                 del values[name]
         return kept | {outside: values[name] for outside, name in self.plan.outputs.items()}
@@ -94,7 +99,7 @@ def _bind_node(
     attrs = dict(node.attrs)
     if float32 and is_floating(str(attrs.get("dtype", "int32"))):
         attrs["dtype"] = "float32"
-    operands: tuple[torch.Tensor | None, ...] = tuple(loaded.take(name) for name in node.inputs[len(reads) :])
+    operands: tuple[Any, ...] = tuple(loaded.take(name) for name in node.inputs[len(reads) :])
     if kernel.prepare and operands:
         _check_arguments(kernel.prepare, operands, attrs, node)
         try:

@@ -10,7 +10,7 @@ import torch
 from ...step import StepShape
 from .. import attention as prompt_attention
 from .compiled import attend
-from .launch import FORMATS, address, float_format, rows_of
+from .launch import FORMATS, address, rows_of
 
 
 def gpt_attention(
@@ -59,16 +59,13 @@ def gpt_attention(
         )
     num_decodes = step.batch_size - num_contexts
     if num_decodes:
-        indices = (
-            position_ids[num_context_tokens:],
-            sequence_length[num_contexts:],
-            context_lengths[num_contexts:],
-            block_tables[num_contexts:],
-        )
-        if not past_key_value.is_contiguous() or any(
-            index.dtype != torch.int32 or not index.is_contiguous() for index in indices
-        ):
-            raise ValueError("attention needs a KV pool without gaps, and int32 indices")
+        qkv_of_decodes, context_of_decodes = qkv, context
+        if num_contexts:
+            position_ids = position_ids[num_context_tokens:]
+            sequence_length = sequence_length[num_contexts:]
+            context_lengths = context_lengths[num_contexts:]
+            block_tables = block_tables[num_contexts:]
+            qkv_of_decodes, context_of_decodes = qkv[num_context_tokens:], context[num_context_tokens:]
         attend(
             rotary_base,
             1 / (q_scaling * math.sqrt(head_size)),
@@ -81,12 +78,15 @@ def gpt_attention(
             rotary_dim,
             ntk_length,
             logn_length,
-            qkv[num_context_tokens:].data_ptr(),
-            float_format(qkv, "qkv"),
+            qkv_of_decodes.data_ptr(),
+            FORMATS[qkv.dtype],
             past_key_value.data_ptr(),
             FORMATS[past_key_value.dtype],
             address(key_value_scales),
-            *map(address, indices),
-            context[num_context_tokens:].data_ptr(),
+            position_ids.data_ptr(),
+            sequence_length.data_ptr(),
+            context_lengths.data_ptr(),
+            block_tables.data_ptr(),
+            context_of_decodes.data_ptr(),
         )
     return context

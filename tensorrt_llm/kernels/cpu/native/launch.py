@@ -1,9 +1,15 @@
-"""What every launcher of a compiled kernel needs: addresses, names of formats, results, checks."""
+"""What every launcher of a compiled kernel needs: addresses, numbers of formats, rows without gaps."""
 
 import torch
 
+
+class _Formats(dict[torch.dtype, int]):
+    def __missing__(self, dtype: torch.dtype) -> int:
+        raise ValueError(f"the kernels in C have no {dtype}, expected float32, float16, bfloat16 or int8")
+
+
 # As `enum format` in vec.h.
-FORMATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}
+FORMATS = _Formats({torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3})
 INT4 = 4
 
 
@@ -11,17 +17,10 @@ def address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def float_format(tensor: torch.Tensor, name: str) -> int:
-    found = FORMATS.get(tensor.dtype, INT4)
-    if found > 2:
-        raise ValueError(f"{name} is {tensor.dtype}, expected float32, float16 or bfloat16")
-    return found
-
-
 def rows_of(x: torch.Tensor, columns: int) -> torch.Tensor:
     """x as [T, columns] without gaps."""
-    if x.dim() != 2 or x.shape[1] != columns:
-        raise ValueError(f"x is {list(x.shape)}, expected [tokens, {columns}]")
+    if x.shape[1] != columns:
+        raise ValueError(f"x has {x.shape[1]} columns, expected {columns}")
     return x if x.is_contiguous() else x.contiguous()
 
 

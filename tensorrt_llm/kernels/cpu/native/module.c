@@ -29,15 +29,20 @@ static PyObject *result_of(int status) {
     Py_RETURN_NONE;
 }
 
+// A recipe holds, as 12 sizes, what is known when a weight is loaded: see Product in matmul.py.
 static PyObject *py_multiply(PyObject *module, PyObject *const *arguments, Py_ssize_t given) {
     (void)module;
-    size_t n[17];
-    if (!read_numbers(arguments, given, 17, n)) return NULL;
+    size_t n[5], r[12];
+    if (given != 6 || !PyBytes_Check(arguments[0]) || PyBytes_GET_SIZE(arguments[0]) != sizeof r) {
+        return PyErr_Format(PyExc_TypeError, "expected a recipe of %zu bytes and 5 numbers", sizeof r);
+    }
+    if (!read_numbers(arguments + 1, 5, 5, n)) return NULL;
+    memcpy(r, PyBytes_AS_STRING(arguments[0]), sizeof r);
     struct product product = {
-        .format = (int)n[0], .tokens = n[1], .n = n[2], .groups = n[3], .columns = n[4], .padded = n[5],
-        .x = (void *)n[6], .x_format = (int)n[7],
-        .weight = {(void *)n[8], (void *)n[9], (void *)n[10]}, .gate = {(void *)n[11], (void *)n[12], (void *)n[13]},
-        .bias = (void *)n[14], .y = (void *)n[15], .y_format = (int)n[16],
+        .format = (int)r[0], .n = r[1], .groups = r[2], .columns = r[3], .padded = r[4],
+        .weight = {(void *)r[5], (void *)r[6], (void *)r[7]}, .gate = {(void *)r[8], (void *)r[9], (void *)r[10]},
+        .bias = (void *)r[11], .tokens = n[0], .x = (void *)n[1], .x_format = (int)n[2], .y = (void *)n[3],
+        .y_format = (int)n[4],
     };
     int status;
     Py_BEGIN_ALLOW_THREADS

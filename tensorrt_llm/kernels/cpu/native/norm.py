@@ -4,7 +4,7 @@ import torch
 
 from ....dtype import torch_dtype
 from .compiled import normalize
-from .launch import float_format, rows_of
+from .launch import FORMATS, rows_of
 
 
 def prepare_norm(weight: torch.Tensor, *, eps: float, dtype: str) -> tuple[torch.Tensor]:
@@ -18,8 +18,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, *, eps: float, dtype: str) -
     y = torch.empty(x.shape, dtype=torch_dtype(dtype))
     tokens, hidden = x.shape
     normalize(
-        eps, tokens, hidden, x.data_ptr(), float_format(x, "x"), 0, 0, 0, weight.data_ptr(), y.data_ptr(),
-        float_format(y, "y"),
+        eps, tokens, hidden, x.data_ptr(), FORMATS[x.dtype], 0, 0, 0, weight.data_ptr(), y.data_ptr(),
+        FORMATS[y.dtype],
     )  # fmt: skip
     return y
 
@@ -32,7 +32,7 @@ def add_rms_norm(
     tokens, hidden = x.shape
     residual, normed = torch.empty(x.shape), torch.empty(x.shape, dtype=torch_dtype(dtype))
     normalize(
-        eps, tokens, hidden, x.data_ptr(), float_format(x, "x"), y.data_ptr(), float_format(y, "y"),
-        residual.data_ptr(), weight.data_ptr(), normed.data_ptr(), float_format(normed, "normed"),
+        eps, tokens, hidden, x.data_ptr(), FORMATS[x.dtype], y.data_ptr(), FORMATS[y.dtype],
+        residual.data_ptr(), weight.data_ptr(), normed.data_ptr(), FORMATS[normed.dtype],
     )  # fmt: skip
     return residual, normed
