@@ -4,7 +4,7 @@
 //
 //     lane l of sum    = -zero[group] (x[l] + x[l + 8] + ...) + x[l] w[l] + x[l + 8] w[l + 8] + ...  (in a group)
 //     lane l of total  = ... + scale[group] sum
-//     y                = ((total[0] + total[4]) + (total[2] + total[6])) + ...
+//     y                = ((total[0] + total[1]) + (total[2] + total[3])) + ((total[4] + ...
 ////
 // int4 weights are multiplied in int4.c.
 #include "matmul.h"

@@ -69,23 +69,23 @@ INLINE void store_some(void *memory, size_t index, size_t count, __m256 x, enum 
     memcpy((char *)memory + index * bytes_of(format), copy, count * bytes_of(format));
 }
 
+// Sums of eight vectors as the elements of one, each ((x0 + x1) + (x2 + x3)) + ((x4 + x5) + (x6 + x7)).
+INLINE __m256 sum_each(const __m256 x[8]) {
+    __m256 first = _mm256_hadd_ps(_mm256_hadd_ps(x[0], x[1]), _mm256_hadd_ps(x[2], x[3]));
+    __m256 second = _mm256_hadd_ps(_mm256_hadd_ps(x[4], x[5]), _mm256_hadd_ps(x[6], x[7]));
+    return _mm256_add_ps(_mm256_permute2f128_ps(first, second, 0x20), _mm256_permute2f128_ps(first, second, 0x31));
+}
+
+// In the order of sum_each.
 INLINE float sum8(__m256 x) {
-    __m128 four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
-    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+    __m256 pairs = _mm256_hadd_ps(x, x), fours = _mm256_hadd_ps(pairs, pairs);
+    return _mm_cvtss_f32(_mm_add_ss(_mm256_castps256_ps128(fours), _mm256_extractf128_ps(fours, 1)));
 }
 
 INLINE float max8(__m256 x) {
     __m128 four = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
     __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
-}
-
-// Sums of eight vectors as the elements of one, added in the order of sum8.
-INLINE __m256 sum_each(const __m256 x[8]) {
-    float sums[8];
-    for (int row = 0; row < 8; row++) sums[row] = sum8(x[row]);
-    return _mm256_loadu_ps(sums);
 }
 
 // e^x within 2 units in the last place: 2^n * e^r with |r| <= ln(2) / 2, e^r by its series. Beyond the range of normal
