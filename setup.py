@@ -1,7 +1,7 @@
 """The CPU kernels in C; everything else about the package stands in pyproject.toml.
 
-Optional: without a compiler, Python's headers or an x86-64 processor the package installs all the same, and runs torch's
-kernels.
+Optional: without a compiler, Python's headers or an x86-64 processor the package installs all the same, and runs the
+kernels of torch.
 """
 
 from pathlib import Path

@@ -1,15 +1,17 @@
 """Decode speed beside llama.cpp on this machine's CPU: the shape of Qwen2.5-0.5B, random weights, in one run.
 
-    python3 -m venv llama && CMAKE_ARGS=-DGGML_NATIVE=ON llama/bin/pip install llama-cpp-python gguf numpy
+    python3 -m venv llama
+    CMAKE_ARGS=-DGGML_NATIVE=ON llama/bin/pip install llama-cpp-python gguf numpy
     python3 tools/compare_llama_cpp.py --work_dir comparison --llama_python llama/bin/python
 
 Builds engines and writes GGUF files into --work_dir unless they are there, holds all of them in memory, and lets both
-sides take turns at each mode; medians over all tokens of all turns. A turn is one greedy sequence. llama-cpp-python is
-compiled for this processor and is no dependency of the project: it runs in the Python of its own that is named above.
+sides take turns at each mode; medians over all tokens of all turns. A turn is one greedy sequence. llama-cpp-python
+is compiled for this processor and is no dependency of the project: it runs in a Python of its own.
 
-Precision of each side: F16, all weights; Q8_0 beside our INT8 (one scale per row instead of one per 32 weights); Q4_0 as
-llama-quantize makes it, whose output layer is Q8_0 at this width, beside our INT4 in groups of 128, whose lm_head is
-INT8 as well. llama.cpp rounds activations to 8 bits before Q8_0 and Q4_0 weights; ours are not rounded.
+Precision of each side: F16, all weights. Q8_0 beside our INT8, with a scale for each row instead of each 32 weights.
+Q4_0 as llama-quantize makes it, whose output layer is Q8_0 at this width, beside our INT4 in groups of 128, whose
+lm_head is INT8 too. llama.cpp rounds activations to 8 bits before Q8_0 and Q4_0 weights; ours stay as they are before
+INT8, and have 16 bits before INT4.
 """
 
 import json
@@ -92,8 +94,10 @@ def main(args: CompareArgs) -> None:
     with ExitStack() as stack:
         llama, version = _start_llama(args, stack)
         engines = {mode: _engine(args, mode) for mode in MODES}
-        sessions = {mode: GenerationSession(Session(engine, "cpu", kv_cache_tokens=4096)) for mode, engine in
-                    engines.items()}
+        tokens = args.input_len + args.output_len
+        sessions = {
+            mode: GenerationSession(Session(engine, "cpu", kv_cache_tokens=tokens)) for mode, engine in engines.items()
+        }
         sides = (lambda mode: _our_turn(sessions[mode], args), llama)
         read_rate = measure_read_rate(torch.device("cpu"))
         rows = []
@@ -113,7 +117,7 @@ def main(args: CompareArgs) -> None:
                     f"{_first(theirs):.0f}",
                 )
             )
-    header = ("decode", "tokens/s", "llama.cpp", "ratio", "MB a token", "of read rate", "first token, ms", "llama.cpp, ms")
+    header = ("decode", "tokens/s", "llama.cpp", "ratio", "MB/token", "of read rate", "prompt, ms", "llama.cpp, ms")
     print(markdown_table(header, rows))
     print(
         f"{args.threads} threads, {args.input_len} in, {args.output_len} out, {args.turns} turns each; reads at "

@@ -1,8 +1,8 @@
-"""Times llama.cpp on random weights of a given shape, for compare_llama_cpp.py: any Python with llama-cpp-python runs it.
+"""Times llama.cpp on random weights of a given shape, for compare_llama_cpp.py.
 
 Writes a GGUF file per mode into a folder, unless it is there, and loads them all. Then each line on stdin, "MODE PROMPT
-NEW", is answered by one line of JSON: seconds of the prompt, and of each new token, greedy, sampling included. Needs
-llama-cpp-python, gguf and numpy, and nothing of this project.
+NEW", is answered by one line of JSON: seconds of the prompt, and of each new token, greedy, sampling included. Any
+Python with llama-cpp-python, gguf and numpy runs it: it needs nothing of this project.
 """
 
 import ctypes
@@ -18,26 +18,18 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 
 # What a mode stores: matrices of the layers, and the embedding, which is lm_head too. "q4_0" follows llama-quantize,
-# which gives the output Q8_0 where rows are no multiple of 256 (and Q6_K where they are); "q4_0_pure" is its --pure.
-MODES = {
-    "f16": (Type.F16, Type.F16),
-    "bf16": (Type.BF16, Type.BF16),
-    "q8_0": (Type.Q8_0, Type.Q8_0),
-    "q4_0": (Type.Q4_0, Type.Q8_0),
-    "q4_0_pure": (Type.Q4_0, Type.Q4_0),
-}
+# which gives the output Q8_0 where rows are no multiple of 256 (and Q6_K where they are).
+MODES = {"f16": (Type.F16, Type.F16), "q8_0": (Type.Q8_0, Type.Q8_0), "q4_0": (Type.Q4_0, Type.Q8_0)}
 _STANDARD_DEVIATION = 0.02
 # Of integers drawn evenly from all that a block may hold.
 _INTEGER_DEVIATION = {Type.Q8_0: 73.9, Type.Q4_0: 4.6}
 
 
 def random_matrix(rows: int, columns: int, kind: Type, random: np.random.Generator) -> np.ndarray:
-    """The bytes [rows, bytes of a row] of a matrix, each block of 32 of a quantized one with its float16 scale first."""
-    if kind not in _INTEGER_DEVIATION:
+    """The bytes [rows, bytes of a row] of a matrix; a block of 32 quantized numbers begins with its float16 scale."""
+    if kind is Type.F16:
         values = random.standard_normal((rows, columns), dtype=np.float32) * np.float32(_STANDARD_DEVIATION)
-        if kind is Type.F16:
-            return values.astype(np.float16).view(np.uint8)
-        return (values.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
+        return values.astype(np.float16).view(np.uint8)
     block_size, block_bytes = gguf.GGML_QUANT_SIZES[kind]
     blocks = random.integers(0, 256, (rows, columns // block_size, block_bytes), dtype=np.uint8)
     scale = np.float16(_STANDARD_DEVIATION / _INTEGER_DEVIATION[kind])
@@ -92,9 +84,7 @@ class Model:
     """One sequence at a time, greedy."""
 
     def __init__(self, path: Path, threads: int, context: int, vocabulary: int) -> None:
-        self._model = llama_cpp.llama_model_load_from_file(
-            str(path).encode(), llama_cpp.llama_model_default_params()
-        )
+        self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
         if not self._model:
             raise ValueError(f"llama.cpp cannot load {path}")
         params = llama_cpp.llama_context_default_params()

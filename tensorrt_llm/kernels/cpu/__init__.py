@@ -1,4 +1,4 @@
-"""The table of CPU kernels: those in C where they can run, else torch's; ops that are not here run as their reference."""
+"""The table of CPU kernels: those in C where they can run, else torch's. Other ops run as their reference."""
 
 from .. import Kernel
 from .attention import gpt_attention
