@@ -17,8 +17,9 @@ test: $(VENV)/ready
 	$(PYTHON) -m mypy
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2
 
+# With gcc the installation compiles the CPU kernels in C; without it torch's serve.
 # A CUDA build of torch brings the triton it needs; beside a CPU build triton serves the tests of the kernels.
-$(VENV)/ready: requirements.txt pyproject.toml
+$(VENV)/ready: requirements.txt pyproject.toml setup.py $(wildcard tensorrt_llm/kernels/cpu/native/*.[ch])
 	python3 -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable . \

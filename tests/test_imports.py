@@ -72,6 +72,7 @@ ALLOWED = {
 LATE = {
     ("tensorrt_llm.network", "tensorrt_llm.functional"),  # operators of Tensor
     ("tensorrt_llm.kernels", "tensorrt_llm.kernels.cpu"),
+    ("tensorrt_llm.kernels.cpu.native", "tensorrt_llm.kernels.cpu.native.table"),  # imports what may not be built
     ("tensorrt_llm.kernels", "tensorrt_llm.kernels.cuda"),  # imports triton
     ("tensorrt_llm.kernels", "tensorrt_llm.kernels.cuda.compiled"),  # imports triton
 }

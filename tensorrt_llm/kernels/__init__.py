@@ -28,11 +28,11 @@ class Kernel:
     """`run(*operands, **attributes)`; with `needs_step` it also takes step=StepShape.
 
     `prepare(*weights, **attributes)` is given the op's weight operands, which are the last ones; what it returns takes
-    their place.
+    their place, and is the kernel's own affair.
     """
 
     run: Callable[..., Any]
-    prepare: Callable[..., tuple[torch.Tensor | None, ...]] | None = None
+    prepare: Callable[..., tuple[Any, ...]] | None = None
     needs_step: bool = False
 
 

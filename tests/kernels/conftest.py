@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cpu_tables import cpu_table  # noqa: F401
 
 if not torch.cuda.is_available():
     # Triton reads the switch while it decorates its own functions. Other tests may have imported it by now

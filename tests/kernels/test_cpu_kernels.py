@@ -1,4 +1,4 @@
-"""The CPU kernels against the reference in float64, on odd sizes, in every precision."""
+"""The CPU kernels, torch's and those in C, against the reference in float64, on odd sizes, in every precision."""
 
 import inspect
 import math
@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from cpu_tables import kernel, run
 from paged_steps import PagedSteps, Sequence3, Setting
 
 from tensorrt_llm.dtype import torch_dtype
 from tensorrt_llm.kernels import kernels_for, reference, reference_kernels
 from tensorrt_llm.kernels.cpu import cpu_kernels
 
+pytestmark = pytest.mark.usefixtures("cpu_table")
 DTYPES = ("float32", "float16", "bfloat16")
 CONTEXTS: list[Sequence3] = [(0, 9, 9), (0, 3, 7), (21, 37, 58), (16, 16, 32), (3, 1, 4), (0, 1, 1)]
 DECODES: list[Sequence3] = [(15, 1, 15), (16, 1, 9), (17, 1, 1), (130, 1, 40), (1, 1, 1)]
@@ -20,13 +22,6 @@ DECODES: list[Sequence3] = [(15, 1, 15), (16, 1, 9), (17, 1, 1), (130, 1, 40), (
 def roundoff(dtype: str) -> float:
     """The largest relative error of one rounding."""
     return torch.finfo(torch_dtype(dtype)).eps / 2
-
-
-def run(op: str, *operands: torch.Tensor, weights: tuple[torch.Tensor, ...] = (), **attributes: Any) -> Any:
-    """The CPU kernel, its weights prepared as the executor prepares them."""
-    kernel = cpu_kernels()[op]
-    prepared = kernel.prepare(*weights, **attributes) if kernel.prepare else weights
-    return kernel.run(*operands, *prepared, **attributes)
 
 
 def normal(*shape: int, dtype: str = "float32") -> torch.Tensor:
@@ -105,7 +100,7 @@ def test_add_rms_norm_keeps_the_residual_in_float32(dtype: str) -> None:
 
 def assert_attention_matches(steps: PagedSteps) -> None:
     """q, k, probabilities and result are rounded to the dtype; angles are off by roundings of the position."""
-    found = steps.run(cpu_kernels()["gpt_attention"].run).double()
+    found = steps.run(kernel("gpt_attention").run).double()
     wanted = steps.run(reference.gpt_attention, torch.float64)
     longest = max(cached + new for cached, new, _ in steps.sequences)
     single = roundoff("float32") * (16 + longest + math.sqrt(steps.setting.head_size))
@@ -135,7 +130,7 @@ def test_long_context_rules_are_the_definition(prompt: int) -> None:
     decodes = [(prompt, 1, prompt), (prompt + 9, 1, prompt), (70, 1, prompt)]
     setting = Setting(ntk_length=16, logn_length=16)
     steps = PagedSteps([(0, prompt, prompt), *decodes], setting, torch.float32, 8)
-    found = steps.run(cpu_kernels()["gpt_attention"].run).double()
+    found = steps.run(kernel("gpt_attention").run).double()
     torch.testing.assert_close(found, steps.plain(), rtol=0, atol=1e-5)
 
 
@@ -143,7 +138,7 @@ def test_long_context_rules_are_the_definition(prompt: int) -> None:
 def test_a_sequence_does_not_depend_on_its_step(dtype: str) -> None:
     """Bit for bit, whatever else is computed in the step and wherever its blocks lie."""
     steps = PagedSteps(CONTEXTS + DECODES, Setting(ntk_length=16, logn_length=16), torch_dtype(dtype), 16)
-    together = steps.run(cpu_kernels()["gpt_attention"].run)
+    together = steps.run(kernel("gpt_attention").run)
     starts = [0]
     for _, new, _ in steps.sequences:
         starts.append(starts[-1] + new)
@@ -151,7 +146,7 @@ def test_a_sequence_does_not_depend_on_its_step(dtype: str) -> None:
         alone = PagedSteps([sequence], steps.setting, steps.dtype, 16)
         alone.qkv[0] = steps.qkv[index]
         part = together[starts[index] : starts[index + 1]]
-        assert torch.equal(alone.run(cpu_kernels()["gpt_attention"].run), part), sequence
+        assert torch.equal(alone.run(kernel("gpt_attention").run), part), sequence
 
 
 # The table

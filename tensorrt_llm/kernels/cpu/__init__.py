@@ -1,4 +1,4 @@
-"""The table of CPU kernels; ops that are not here run as their reference."""
+"""The table of CPU kernels: those in C where they can run, else torch's. Other ops run as their reference."""
 
 from .. import Kernel
 from .attention import gpt_attention
@@ -12,10 +12,15 @@ from .integer import (
     weight_only_quant_matmul,
 )
 from .linear import gated_mlp, matmul, prepare_gated_mlp
+from .native import native_kernels
 from .norm import add_rms_norm, prepare_norm, rms_norm
 
 
 def cpu_kernels() -> dict[str, Kernel]:
+    return torch_kernels() | native_kernels()
+
+
+def torch_kernels() -> dict[str, Kernel]:
     return {
         "rms_norm": Kernel(rms_norm, prepare=prepare_norm),
         "add_rms_norm": Kernel(add_rms_norm, prepare=prepare_norm),

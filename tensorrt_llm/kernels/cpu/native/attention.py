@@ -1,0 +1,92 @@
+"""Paged attention: sequences with one new token each by attention.c, prompts by torch.
+
+A sequence takes the same way whatever else is in its step, so its result does not depend on that.
+"""
+
+import math
+
+import torch
+
+from ...step import StepShape
+from .. import attention as prompt_attention
+from .compiled import attend
+from .launch import FORMATS, address, rows_of
+
+
+def gpt_attention(
+    qkv: torch.Tensor,
+    past_key_value: torch.Tensor,
+    position_ids: torch.Tensor,
+    query_starts: torch.Tensor,
+    sequence_length: torch.Tensor,
+    context_lengths: torch.Tensor,
+    block_tables: torch.Tensor,
+    key_value_scales: torch.Tensor | None = None,
+    *,
+    step: StepShape,
+    num_heads: int,
+    num_kv_heads: int,
+    head_size: int,
+    q_scaling: float = 1.0,
+    rotary_base: float,
+    rotary_dim: int,
+    ntk_length: int,
+    logn_length: int,
+) -> torch.Tensor:
+    """As reference.gpt_attention, without a score matrix."""
+    qkv = rows_of(qkv, (num_heads + 2 * num_kv_heads) * head_size)
+    context = torch.empty(qkv.shape[0], num_heads * head_size, dtype=qkv.dtype)
+    num_contexts, num_context_tokens = step.num_contexts, step.num_context_tokens
+    if num_contexts:
+        context[:num_context_tokens] = prompt_attention.gpt_attention(
+            qkv[:num_context_tokens],
+            past_key_value,
+            position_ids[:num_context_tokens],
+            query_starts[: num_contexts + 1],
+            sequence_length[:num_contexts],
+            context_lengths[:num_contexts],
+            block_tables[:num_contexts],
+            key_value_scales,
+            step=step._replace(num_tokens=num_context_tokens, batch_size=num_contexts),
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_size=head_size,
+            q_scaling=q_scaling,
+            rotary_base=rotary_base,
+            rotary_dim=rotary_dim,
+            ntk_length=ntk_length,
+            logn_length=logn_length,
+        )
+    num_decodes = step.batch_size - num_contexts
+    if num_decodes:
+        qkv_of_decodes, context_of_decodes = qkv, context
+        if num_contexts:
+            position_ids = position_ids[num_context_tokens:]
+            sequence_length = sequence_length[num_contexts:]
+            context_lengths = context_lengths[num_contexts:]
+            block_tables = block_tables[num_contexts:]
+            qkv_of_decodes, context_of_decodes = qkv[num_context_tokens:], context[num_context_tokens:]
+        attend(
+            rotary_base,
+            1 / (q_scaling * math.sqrt(head_size)),
+            num_decodes,
+            num_heads,
+            num_kv_heads,
+            head_size,
+            past_key_value.shape[3],
+            block_tables.shape[1],
+            rotary_dim,
+            ntk_length,
+            logn_length,
+            qkv_of_decodes.data_ptr(),
+            FORMATS[qkv.dtype],
+            past_key_value.data_ptr(),
+            FORMATS[past_key_value.dtype],
+            address(key_value_scales),
+            position_ids.data_ptr(),
+            sequence_length.data_ptr(),
+            context_lengths.data_ptr(),
+            block_tables.data_ptr(),
+            context_of_decodes.data_ptr(),
+        )
+    return context
