@@ -52,7 +52,7 @@ def test_weight_only_matmul_is_rounded_once(
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_weight_only_gated_mlp_is_rounded_once(bits: int) -> None:
+def test_weight_only_gated_mlp_is_rounded_once(bits: int, cpu_table: str) -> None:
     x = normal(5, 64, dtype="float16")
     weights = tuple(
         operand
@@ -62,7 +62,15 @@ def test_weight_only_gated_mlp_is_rounded_once(bits: int) -> None:
     attributes = {"bits": bits, "has_zero": True}
     found = run("weight_only_gated_mlp", x, weights=weights, **attributes, dtype="float16")
     wanted = quantized_reference.weight_only_gated_mlp(x.double(), *weights, **attributes, dtype="float32")
-    torch.testing.assert_close(found.float(), wanted, rtol=1.01 * roundoff("float16"), atol=2e-3)
+    tolerance = 2e-3
+    if cpu_table == "native" and bits == 4:
+        # As above, in both factors; the slope of silu is at most 1.1.
+        fc, gate = (dequantize(*weights[at : at + 3], bits=4) for at in (0, 3))
+        step = x.abs().max().item() / (127 * 256)
+        factors = [(x.float() @ branch.T).abs().max().item() for branch in (fc, gate)]
+        errors = [6 * branch.norm(dim=1).max().item() * step / 12**0.5 for branch in (fc, gate)]
+        tolerance += 1.1 * errors[0] * factors[1] + errors[1] * factors[0]
+    torch.testing.assert_close(found.float(), wanted, rtol=1.01 * roundoff("float16"), atol=tolerance)
 
 
 @pytest.mark.parametrize("group_size", [0, 32])
