@@ -4,6 +4,7 @@ import multiprocessing
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
+from typing import Any
 
 import pytest
 import torch
@@ -134,8 +135,47 @@ def test_what_the_kernels_cannot_take_is_refused() -> None:
     matmul = Matmul("float16", rows=9, columns=64)
     with pytest.raises(ValueError, match="x has 63 columns, but the weight has 64"):
         matmul(torch.randn(2, 63))
-    with pytest.raises(ValueError, match="have no torch.float64"):
-        matmul(torch.randn(2, 64).double())
+    for dtype in (torch.float64, torch.int8):
+        with pytest.raises(ValueError, match=f"not with {dtype}"):
+            matmul(torch.ones(2, 64, dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    ("op", "weights", "attributes"),
+    [
+        ("matmul", (torch.ones(4, 8, dtype=torch.int8),), {}),
+        ("matmul", (torch.ones(4, 8), torch.ones(3)), {}),
+        ("gated_mlp", (torch.ones(4, 8), torch.ones(3, 8)), {}),
+        ("gated_mlp", (torch.ones(4, 8), torch.ones(4, 8).half()), {}),
+        ("weight_only_quant_matmul", (torch.ones(4, 8), torch.ones(4, 1)), {"bits": 8, "has_zero": False}),
+        (
+            "weight_only_quant_matmul",
+            (torch.ones(4, 8, dtype=torch.int8), torch.ones(3, 1)),
+            {"bits": 8, "has_zero": False},
+        ),
+        (
+            "weight_only_quant_matmul",
+            (torch.ones(4, 8, dtype=torch.uint8), torch.ones(4, 2), torch.ones(4, 1, dtype=torch.int16)),
+            {"bits": 4, "has_zero": True},
+        ),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(op: str, weights: tuple[torch.Tensor, ...], attributes: dict) -> None:
+    prepare = KERNELS[op].prepare
+    assert prepare
+    with pytest.raises(ValueError):
+        prepare(*weights, **attributes, dtype="float16")
+
+
+def test_a_pool_of_other_heads_is_refused() -> None:
+    steps = PagedSteps([(5, 1, 1)], Setting(), torch.float32)
+
+    def with_more_heads(qkv: torch.Tensor, *rest: torch.Tensor, **attributes: Any) -> torch.Tensor:
+        heads = {"num_heads": 2, "num_kv_heads": 1}
+        return KERNELS["gpt_attention"].run(qkv, *rest, **attributes | heads)
+
+    with pytest.raises(ValueError, match="qkv has|x has|KV pool is"):
+        steps.run(with_more_heads)
 
 
 def test_calls_of_several_threads_wait_for_each_other(threads: None) -> None:

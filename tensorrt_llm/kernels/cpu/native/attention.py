@@ -10,7 +10,7 @@ import torch
 from ...step import StepShape
 from .. import attention as prompt_attention
 from .compiled import attend
-from .launch import FORMATS, address, rows_of
+from .launch import FLOATS, INT8, address, rows_of
 
 
 def gpt_attention(
@@ -59,6 +59,7 @@ def gpt_attention(
         )
     num_decodes = step.batch_size - num_contexts
     if num_decodes:
+        _check(past_key_value, key_value_scales, num_heads, num_kv_heads, head_size, rotary_dim)
         qkv_of_decodes, context_of_decodes = qkv, context
         if num_contexts:
             position_ids = position_ids[num_context_tokens:]
@@ -79,9 +80,9 @@ def gpt_attention(
             ntk_length,
             logn_length,
             qkv_of_decodes.data_ptr(),
-            FORMATS[qkv.dtype],
+            FLOATS[qkv.dtype],
             past_key_value.data_ptr(),
-            FORMATS[past_key_value.dtype],
+            FLOATS[past_key_value.dtype] if key_value_scales is None else INT8,
             address(key_value_scales),
             position_ids.data_ptr(),
             sequence_length.data_ptr(),
@@ -90,3 +91,26 @@ def gpt_attention(
             context_of_decodes.data_ptr(),
         )
     return context
+
+
+def _check(
+    pool: torch.Tensor,
+    scales: torch.Tensor | None,
+    num_heads: int,
+    num_kv_heads: int,
+    head_size: int,
+    rotary_dim: int,
+) -> None:
+    """What the kernel relies on to stay in its memory: an engine file may have been edited."""
+    block_size = pool.shape[3]
+    if pool.shape[1:] != (2, num_kv_heads, block_size, head_size) or not pool.is_contiguous():
+        raise ValueError(
+            f"the KV pool is {list(pool.shape)}, expected [blocks, 2, {num_kv_heads}, tokens, {head_size}]"
+        )
+    if scales is not None and (pool.dtype != torch.int8 or scales.shape != pool.shape[:4]):
+        raise ValueError(f"a KV pool of {pool.dtype} {list(pool.shape)} does not go with scales {list(scales.shape)}")
+    if num_heads % num_kv_heads or rotary_dim % 2 or not 0 <= rotary_dim <= head_size:
+        raise ValueError(
+            f"num_heads is {num_heads}, num_kv_heads {num_kv_heads}, rotary_dim {rotary_dim}, head_size {head_size}: "
+            f"heads must share evenly, and an even number of dims be turned"
+        )

@@ -3,14 +3,14 @@
 import torch
 
 
-class _Formats(dict[torch.dtype, int]):
+class _FloatFormats(dict[torch.dtype, int]):
     def __missing__(self, dtype: torch.dtype) -> int:
-        raise ValueError(f"the kernels in C have no {dtype}, expected float32, float16, bfloat16 or int8")
+        raise ValueError(f"the kernels in C compute with float32, float16 and bfloat16, not with {dtype}")
 
 
 # As `enum format` in vec.h.
-FORMATS = _Formats({torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3})
-INT4 = 4
+FLOATS = _FloatFormats({torch.float32: 0, torch.float16: 1, torch.bfloat16: 2})
+INT8, INT4 = 3, 4
 
 
 def address(tensor: torch.Tensor | None) -> int:

@@ -18,7 +18,7 @@
 #define STREAMS 8
 #define MOST_ROWS_OF_STREAM 64
 #define PIECES_OF_PRODUCT 16
-#define BYTES_AHEAD 1024
+#define BYTES_AHEAD 256
 #define PANEL_ROWS 24     // of a weight at once, for several tokens
 #define PANEL_COLUMNS 1024
 #define TILE_ROWS 3       // 3 x 4 sums, 4 x and a row's w fill the 16 registers

@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from ....dtype import torch_dtype
 from ...quantized_reference import split_optional
 from .compiled import multiply
-from .launch import FORMATS, INT4, address, round_up
+from .launch import FLOATS, INT4, INT8, address, round_up
 
 Place = Callable[[torch.Tensor], torch.Tensor]
 Operands = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]  # weight, scale, zero as in matmul.h
@@ -44,11 +44,22 @@ class Product:
         gate: Operands = _NONE,
         bias: torch.Tensor | None = None,
     ) -> "Product":
-        stored, scale, _ = weight
+        stored, scale, zero = weight
         assert stored is not None
         groups = 1 if scale is None else scale.shape[1]
         rows, group_columns = len(stored), columns // groups
         tensors = (*weight, *gate, bias)
+        # The kernel would read beyond what is too small: an engine file may have been edited.
+        for tensor, shape in ((scale, (rows, groups)), (zero, (rows, groups)), (bias, (rows,))):
+            if tensor is not None and tensor.shape != shape:
+                raise ValueError(
+                    f"a weight of {rows} rows in {groups} groups has {list(tensor.shape)}, not {list(shape)}"
+                )
+        for other, own in zip(gate, weight, strict=True) if gate[0] is not None else ():
+            if (other is None) != (own is None) or (
+                other is not None and own is not None and (other.shape, other.dtype) != (own.shape, own.dtype)
+            ):
+                raise ValueError("fc and gate differ in shape or dtype")
         sizes = (weight_format, rows, groups, group_columns, round_up(group_columns, _COLUMNS_AT_ONCE))
         recipe = pack("12N", *sizes, *map(address, tensors))
         return cls(rows, columns, torch_dtype(dtype), recipe, tensors)
@@ -60,7 +71,7 @@ class Product:
         if not x.is_contiguous():
             x = x.contiguous()
         y = torch.empty((tokens, self.rows), dtype=self.dtype)
-        multiply(self.recipe, tokens, x.data_ptr(), FORMATS[x.dtype], y.data_ptr(), FORMATS[self.dtype])
+        multiply(self.recipe, tokens, x.data_ptr(), FLOATS[x.dtype], y.data_ptr(), FLOATS[self.dtype])
         return y
 
 
@@ -91,12 +102,12 @@ def prepare_matmul(
 ) -> tuple[Product]:
     float_weight = _float_weight(weight, place)
     wide_bias = None if bias is None else bias.float().contiguous()
-    return (Product.of(FORMATS[weight.dtype], dtype, weight.shape[1], float_weight, bias=wide_bias),)
+    return (Product.of(FLOATS[weight.dtype], dtype, weight.shape[1], float_weight, bias=wide_bias),)
 
 
 def prepare_gated_mlp(fc: torch.Tensor, gate: torch.Tensor, *, dtype: str, place: Place) -> tuple[Product]:
     branches = _float_weight(fc, place), _float_weight(gate, place)
-    return (Product.of(FORMATS[fc.dtype], dtype, fc.shape[1], *branches),)
+    return (Product.of(FLOATS[fc.dtype], dtype, fc.shape[1], *branches),)
 
 
 def prepare_weight_only_quant_matmul(
@@ -127,16 +138,20 @@ def prepare_weight_only_gated_mlp(
 
 
 def _format_of(bits: int) -> int:
-    return INT4 if bits == 4 else FORMATS[torch.int8]
+    return INT4 if bits == 4 else INT8
 
 
 def _float_weight(weight: torch.Tensor, place: Place) -> Operands:
+    if weight.dim() != 2:
+        raise ValueError(f"a weight is {list(weight.shape)}, expected two dimensions")
     return place(_filled_up(weight[:, None], 1)), None, None
 
 
 def _integer_weight(
     weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, bits: int, place: Place
 ) -> Operands:
+    if weight.dtype != (torch.uint8 if bits == 4 else torch.int8) or weight.dim() != 2 or scale.dim() != 2:
+        raise ValueError(f"a weight of {bits} bits is {weight.dtype} {list(weight.shape)}, scales {list(scale.shape)}")
     grouped = weight.unflatten(1, (scale.shape[1], -1))
     # From the integers as they are stored: nibbles are q + 8.
     stored_zero = None if zero is None else place(zero.float() + (8 if bits == 4 else 0))
