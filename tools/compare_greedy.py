@@ -157,13 +157,15 @@ def compare(engine: EngineFolder, args: CompareArgs, device: torch.device) -> Co
     exact_logits = follow_references(reference, tasks, keep=everything).logits
     pairs = zip(progress(tasks, reference.name), written, strict=True)
     gaps = [first_gap(reference, task.prompt, ids) for task, ids in pairs]
-    largest_logit = max(float(rows.abs().max()) for rows in exact_logits.values())
+    largest_logit = float(torch.stack([rows.abs().max() for rows in exact_logits.values()]).max())
+    # Of tensors, as Python's max would lose a NaN that does not come first.
+    errors = torch.stack([(fast_logits[index] - exact_logits[index]).abs().max() for index in everything])
     logger.info("%s: %d of %d articles differ", engine.name, sum(gap is not None for gap in gaps), len(tasks))
     return Comparison(
         engine.name,
         len(tasks),
         [gap for gap in gaps if gap is not None],
-        error=max(float((fast_logits[index] - exact_logits[index]).abs().max()) for index in everything),
+        error=float(errors.max()),
         largest_error=ERROR_UNITS * unit_of(engine.config) * largest_logit,
     )
 

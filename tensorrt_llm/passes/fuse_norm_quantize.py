@@ -12,7 +12,9 @@ def fuse_norm_quantize(network: Network) -> int:
     for quantize in [node for node in network.nodes if node.op == "quantize_per_token"]:
         normed = quantize.inputs[0]
         norm = normed.producer
-        if norm is None or norm.op not in _FUSED or network.is_visible(normed) or len(network.users(normed)) != 1:
+        if norm is None or norm.op not in _FUSED or normed is not norm.outputs[-1]:
+            continue
+        if network.is_visible(normed) or len(network.users(normed)) != 1:
             continue
         _fuse(network, norm, quantize)
         count += 1

@@ -28,13 +28,17 @@ class CudaGraphPool:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             result = run()
-        return Captured(graph.replay, _without_ownership(result, self._device))
+        return Captured(graph.replay, _without_ownership(result, graph, self._device))
 
 
 class _Address:
-    """Says where a float32 tensor lies, in the form that torch and others agree on."""
+    """Says where a float32 tensor lies, in the form that torch and others agree on.
 
-    def __init__(self, tensor: torch.Tensor) -> None:
+    Who has a view of it holds the graph as well, or the memory could be given back under the view.
+    """
+
+    def __init__(self, tensor: torch.Tensor, graph: torch.cuda.CUDAGraph) -> None:
+        self._graph = graph
         assert tensor.dtype == torch.float32 and tensor.is_contiguous(), "only results of this kind were needed"
         self.__cuda_array_interface__ = {
             "shape": tuple(tensor.shape),
@@ -44,8 +48,8 @@ class _Address:
         }
 
 
-def _without_ownership(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+def _without_ownership(tensor: torch.Tensor, graph: torch.cuda.CUDAGraph, device: torch.device) -> torch.Tensor:
     """The same memory, which torch's allocator may give to others once `tensor` is gone."""
-    view = torch.as_tensor(_Address(tensor), device=device)
+    view = torch.as_tensor(_Address(tensor, graph), device=device)
     assert view.data_ptr() == tensor.data_ptr(), "a copy would never change"
     return view

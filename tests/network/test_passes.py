@@ -383,3 +383,14 @@ def test_a_norm_that_others_read_too_is_not_fused_with_its_quantization(network:
             tensor.mark_output(name)
         silu(normed).mark_output("other")
     assert fuse_norm_quantize(network) == 0
+
+
+def test_a_quantized_residual_is_not_taken_for_its_norm(network: Network) -> None:
+    with net_guard(network):
+        x, y = (Tensor(name, "float32", ["num_tokens", 4]) for name in "xy")
+        total = add(x, y)
+        rms_norm(total, weight(network, "w", 4)).mark_output("normed")
+        for name, tensor in zip(("q", "scale"), quantize_per_token(total), strict=True):
+            tensor.mark_output(name)
+    fuse_add_rms_norm(network)
+    assert fuse_norm_quantize(network) == 0

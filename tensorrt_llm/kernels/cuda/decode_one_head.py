@@ -122,6 +122,8 @@ def _decode_one_head(
         positions = start + tl.arange(0, TILE_TOKENS)
         is_in_table = positions < table_stride * TOKENS_PER_BLOCK
         offsets = token_offsets(table_ptr, positions, is_in_table, block_stride, token_stride, TOKENS_PER_BLOCK)
+    # The first split of every sequence goes on to the wait: a kernel of which no program waits would be over before the
+    # one in front of it, and the next would wait for nothing.
     if start >= length:
         return
     stop = tl.minimum(start + SPLIT_TOKENS, length - 1)  # the newest token is not in the pool yet
