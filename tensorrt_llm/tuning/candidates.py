@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -90,7 +91,7 @@ class _Trial:
         """Right candidates are timed on copies of the weights; wrong ones are named in the log, and left out."""
         copies = [self.weights]
         for _ in range(copies_for(self.call.weight_bytes, self._bench.device) - 1):
-            copies.append(tuple(None if weight is None else weight.clone() for weight in self.weights))
+            copies.append(tuple(map(_copy_of, self.weights)))
         wanted = self.call.wanted()
         for tokens, tactics in self.tactics.items():
             fit = [tactic for tactic in tactics if tactic not in unfit]
@@ -111,6 +112,11 @@ class _Trial:
         if not error <= self.call.tolerance:
             logger.warning("%s, %d tokens: %s is wrong by %.1e, and left out", self.name, tokens, tactic, error)
         return error <= self.call.tolerance
+
+
+def _copy_of(weight: object) -> Any:
+    """What is no tensor, as the CPU's kernels in C have it, holds its weight where it is."""
+    return weight.clone() if isinstance(weight, torch.Tensor) else weight
 
 
 @torch.inference_mode()

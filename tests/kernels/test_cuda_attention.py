@@ -352,12 +352,14 @@ def test_a_decode_does_not_depend_on_its_batch(
         assert torch.equal(alone.run(attention)[0][0], together[token])
 
 
-def test_a_longer_bound_on_the_step_changes_no_bit(device: torch.device) -> None:
-    """The bound decides between one split, written directly, and several, combined by a second kernel."""
+# A few sequences are cut in two ways: by whether the longest may have more than 512 tokens.
+@pytest.mark.parametrize(("attention", "bound"), [(gpt_attention, 500), (batch_invariant_gpt_attention, 2000)])
+def test_a_longer_bound_on_the_step_changes_no_bit(device: torch.device, attention: Any, bound: int) -> None:
+    """The bound says for how many splits there are programs and memory."""
     case = make_case([], [(30, 1, 5), (100, 1, 5)], device=device)
-    step = case.attributes["step"]._replace(max_sequence_length=2000)
+    step = case.attributes["step"]._replace(max_sequence_length=bound)
     bounded = replace(case, attributes=case.attributes | {"step": step})
-    assert torch.equal(case.run(gpt_attention)[0], bounded.run(gpt_attention)[0])
+    assert torch.equal(case.run(attention)[0], bounded.run(attention)[0])
 
 
 @pytest.mark.parametrize("heads", [(2, 2), (4, 1)])
