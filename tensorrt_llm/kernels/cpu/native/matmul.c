@@ -13,8 +13,9 @@
 #include "pool.h"
 #include "vec.h"
 
-// For one token a thread follows eight streams of memory, each of neighbouring rows: the processor fetches ahead what goes
-// on for long. Eight neighbouring rows of 1792 bytes at a time are read at 16 to 20 GB/s, far ones at 26 to 35 (two threads, EPYC 7003).
+// For one token a thread follows eight streams of memory, each of neighbouring rows: the processor fetches ahead what
+// goes on for long. Eight neighbouring rows of 1792 bytes at a time are read at 16 to 20 GB/s, far ones at 26 to 35 (two
+// threads, EPYC 7003).
 #define STREAMS 8
 #define MOST_ROWS_OF_STREAM 64
 #define PIECES_OF_PRODUCT 16
