@@ -38,7 +38,6 @@ __all__ = [
     "embedding",
     "gated_mlp",
     "gather_last_token",
-    "gpt_attention",
     "matmul",
     "quantize_per_token",
     "quantize_tensor",

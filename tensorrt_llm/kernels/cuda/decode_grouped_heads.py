@@ -24,7 +24,7 @@ from ..step import StepShape
 from .integer_planes import integer_plane
 from .kv_pool import VALUE_SCALE_LIFT, dot_dtype, load_scales, padded_width, pool_strides, token_offsets
 from .overlap import has_dependent_launch, overlapping, start_next, wait_for_previous
-from .splits import LOWEST, weigh_splits
+from .splits import LOWEST, room_for_splits, weigh_splits
 
 # Tokens of a split. Fewer programs per token than with a program for each query head.
 _SPLIT_TOKENS = 128
@@ -170,11 +170,7 @@ def decode_grouped_heads(
     num_splits = triton.cdiv(step.max_sequence_length, _SPLIT_TOKENS)
     is_only_split = num_splits == 1
     is_int8 = key_value_scales is not None
-    if is_only_split:
-        partial = lse = out  # never read or written
-    else:
-        partial = torch.empty((decodes, num_heads, num_splits, head_size), dtype=torch.float32, device=q.device)
-        lse = torch.empty((decodes, num_heads, num_splits), dtype=torch.float32, device=q.device)
+    partial, lse = room_for_splits(out, decodes, num_splits)
     pool = past_key_value.view(torch.int16) if is_int8 else past_key_value
     # Float32 products run without tensor cores and need smaller tiles to stay within the registers. Int8 tiles are
     # half as many bytes: 64 sequences of 1024 tokens took 49 us in two stages, 56 us in three (H200, 4 KV heads).

@@ -29,7 +29,7 @@ from .int8_rows import quantize_rows
 from .kv_pool import load_scales, padded_width, pool_strides, token_offsets
 from .overlap import has_dependent_launch, start_next, wait_for_previous
 from .rope_kv import RopeRules, logn_factor, rotary_partner, rotation
-from .splits import LOWEST, Arrivals, weigh_splits
+from .splits import LOWEST, Arrivals, room_for_splits, weigh_splits
 
 
 @triton.jit
@@ -254,11 +254,7 @@ def decode_one_head(
     decodes = step.batch_size - step.num_contexts
     cut = _cut(decodes * num_heads, step.max_sequence_length, is_batch_invariant)
     num_splits = triton.cdiv(step.max_sequence_length, cut.split_tokens)
-    if num_splits == 1:
-        partial = lse = out  # never read or written
-    else:
-        partial = torch.empty((decodes, num_heads, num_splits, head_size), dtype=torch.float32, device=qkv.device)
-        lse = torch.empty((decodes, num_heads, num_splits), dtype=torch.float32, device=qkv.device)
+    partial, lse = room_for_splits(out, decodes, num_splits)
     can_overlap = has_dependent_launch(qkv.device)
     is_early = can_overlap and cut.is_early
     _decode_one_head[(decodes, num_heads, num_splits)](

@@ -39,6 +39,15 @@ def weigh_splits(
     return result / total
 
 
+def room_for_splits(out: torch.Tensor, decodes: int, num_splits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(partial, lse) for the splits of `decodes` rows of out [tokens, heads, head_size]; one split writes to `out`."""
+    if num_splits == 1:
+        return out, out  # never read or written as what they are called
+    num_heads, head_size = out.shape[1:]
+    partial = torch.empty((decodes, num_heads, num_splits, head_size), dtype=torch.float32, device=out.device)
+    return partial, torch.empty((decodes, num_heads, num_splits), dtype=torch.float32, device=out.device)
+
+
 class Arrivals:
     """Zeros on a device, where the programs of a launch count each other, and leave zeros behind.
 

@@ -14,7 +14,8 @@ Three ways to multiply, chosen by the number of tokens (kernels/tactics): rows o
 where a trick that saves conversions leaves 16 bits of a product (`_times_integers`); tensor cores on integers, which
 float16 and bfloat16 both hold exactly, with the scale put on the float32 sum of a group; and, where the weight is read
 often enough to pay, and always in float32, cuBLAS on a weight widened in memory. Only that third one rounds the weight,
-to x's dtype: to 11 bits in float16, 8 in bfloat16, as x itself was rounded when it came to be.
+to x's dtype: to 11 bits in float16, 8 in bfloat16, as x itself was rounded when it came to be. A fourth, for one token
+and a weight of few rows, is resident_stream.py's.
 A row of x has the same bits in any batch that is multiplied the same way.
 """
 
