@@ -4,7 +4,7 @@ tactics.json holds one section for each GPU, by its name, so that timings can be
 written again:
 
     {"format": "tensorrt_llm.tactics", "format_version": "1",
-     "gpus": {"NVIDIA H100 80GB HBM3": {"software": "torch 2.11.0, triton 3.6.0", "timings": [...], "sha256": "..."}}}
+     "gpus": {"NVIDIA H100 80GB HBM3": {"software": "torch 2.11.0+cu130", "timings": [...], "sha256": "..."}}}
 
 A timing is the fields of MatmulTiming. `sha256` is that of the section without it, as JSON with sorted keys, unspaced.
 Data only: a tactic is a name, and what it launches is in the code that knows the name. Knows no kernel and no device.

@@ -29,16 +29,17 @@ from benchmarking.workload import Shape, Workload, equal_requests, read_entries,
 from command_line import flag, log_level_flag, run_script  # noqa: E402
 from compiling.args import BuildArgs  # noqa: E402
 from compiling.weight_source import WeightSource  # noqa: E402
-from measure_gpu import INT4, SMOOTH_QUANT, MeasureArgs, describe_machine, write_shape  # noqa: E402
+from measure_gpu import MODES as BUILD_FLAGS  # noqa: E402
+from measure_gpu import MeasureArgs, describe_machine, write_shape  # noqa: E402
 from table import markdown_table  # noqa: E402
 
 from tensorrt_llm.runtime.session import pick_device  # noqa: E402
 
 MODES: dict[str, dict[str, Any]] = {
-    "fp16": {},
-    "int8": {"use_weight_only": True},
-    "w8a8": SMOOTH_QUANT | {"per_token": True, "per_channel": True},
-    "int4": INT4 | {"per_group": True},
+    "fp16": BUILD_FLAGS["FP16"],
+    "int8": BUILD_FLAGS["INT8 weights"],
+    "w8a8": BUILD_FLAGS["SmoothQuant per token, per channel"],
+    "int4": BUILD_FLAGS["INT4 weights g128"],
 }
 # Batch, prompt, output -> decode tokens/s that are wanted of each mode, on an H100.
 TARGETS: dict[Shape, tuple[float, ...]] = {

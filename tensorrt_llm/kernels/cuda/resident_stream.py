@@ -55,6 +55,16 @@ def _subnormals(words, INDEX: gl.constexpr, BITS: gl.constexpr):
 
 
 @gluon.jit
+def _products(even, odd, x_sums, BITS: gl.constexpr):
+    """Sums of q x, from those of subnormals in even and in odd planes and from those of x."""
+    OFFSET: gl.constexpr = 1 << (BITS - 1)
+    products = even * 16777216.0 - x_sums * OFFSET
+    if BITS == 4:
+        products += odd * 1048576.0
+    return products
+
+
+@gluon.jit
 def _resident_rows(
     x_ptr, words_ptr, scale_ptr, zero_ptr, bias_ptr, out_ptr, num_rows, num_groups,
     DEPTH: gl.constexpr, NUM_BLOCKS: gl.constexpr, BITS: gl.constexpr, PLANES_PER_SCALE: gl.constexpr,
@@ -65,7 +75,6 @@ def _resident_rows(
     PLANES: gl.constexpr = 16 // BITS
     BLOCKS: gl.constexpr = (NUM_BLOCKS + PIECES - 1) // PIECES  # of a piece
     PARTS: gl.constexpr = PLANES // PLANES_PER_SCALE
-    OFFSET: gl.constexpr = 1 << (BITS - 1)
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[num_warps, 1], instr_shape=[16, 8])
     left: gl.constexpr = gl.DotOperandLayout(0, mma, 8)
     right: gl.constexpr = gl.DotOperandLayout(1, mma, 8)
@@ -117,16 +126,12 @@ def _resident_rows(
                     even = mma_v2(q, x, even)
                 x_sums = mma_v2(ones, x, x_sums)
             if PLANES_PER_GROUP > 0:
-                products = even * 16777216.0 - x_sums * OFFSET
-                if BITS == 4:
-                    products += odd * 1048576.0
+                products = _products(even, odd, x_sums, BITS)
                 if HAS_ZERO:
                     products -= x_sums * zeros[index * PARTS + part][:, None]
                 sums += products * scales[index * PARTS + part][:, None]
     if PLANES_PER_GROUP == 0:
-        products = even * 16777216.0 - x_sums * OFFSET
-        if BITS == 4:
-            products += odd * 1048576.0
+        products = _products(even, odd, x_sums, BITS)
         if HAS_ZERO:
             products -= x_sums * gl.load(zero_ptr + scale_rows).to(gl.float32)[:, None]
         sums = products * gl.load(scale_ptr + scale_rows).to(gl.float32)[:, None]
