@@ -15,12 +15,22 @@ from typing import Any
 import torch
 
 from . import quantized_reference, reference
+from .reference import BROKEN
 from .step import StepShape
 from .tactics import Tactics
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["Kernel", "StepShape", "compile_errors", "compiler_starting", "kernels_for", "reference_kernels"]
+__all__ = [
+    "BROKEN",
+    "Kernel",
+    "StepShape",
+    "compile_errors",
+    "compiler_starting",
+    "greedy_tokens_for",
+    "kernels_for",
+    "reference_kernels",
+]
 
 
 @dataclass(frozen=True)
@@ -82,6 +92,15 @@ def kernels_for(
 
         return reference_kernels() | cuda_kernels(batch_invariant=batch_invariant, tactics=tactics)
     raise ValueError(f"no kernels for device {device}, expected cpu or cuda")
+
+
+def greedy_tokens_for(device: torch.device) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    """`reference.greedy_tokens`, for one sampler on `device`. No op of a network: it comes after the logits."""
+    if device.type == "cuda":
+        from .cuda.greedy import GreedyTokens  # imports triton
+
+        return GreedyTokens()
+    return reference.greedy_tokens
 
 
 @contextmanager

@@ -11,6 +11,9 @@ import torch
 from ..dtype import torch_dtype
 from .step import StepShape
 
+# Stands for the token of a row whose largest logit is not a finite number.
+BROKEN = -1
+
 
 def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
     """float64 when any operand has it, else float32: what sums and products are held in."""
@@ -20,6 +23,15 @@ def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
 def embedding(ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """ids int [T], weight [vocab, hidden] -> [T, hidden]."""
     return weight[ids.long()]
+
+
+def greedy_tokens(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """int32 [rows] twice: the ids of the largest logits [rows, vocab], and the same with BROKEN where that is so.
+
+    Of equal logits the lowest id wins. The id of a broken row is some id of the vocabulary.
+    """
+    largest, ids = logits.max(dim=-1)
+    return ids.int(), torch.where(largest.isfinite(), ids, BROKEN).int()
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, *, eps: float, dtype: str) -> torch.Tensor:

@@ -14,20 +14,18 @@ from functools import cached_property
 
 import torch
 
+from ..kernels import BROKEN, greedy_tokens_for
 from .request import Request
 from .transfers import Download, upload
-
-# Stands for the token of a row whose largest logit is not a finite number.
-BROKEN = -1
 
 
 class Sampled:
     """The tokens of one step. The device may still be at work on them."""
 
-    def __init__(self, ids: torch.Tensor, is_finite: torch.Tensor, log_probs: torch.Tensor | None) -> None:
-        self.ids = ids  # [requests], of the vocabulary even where a row is broken: the next step may read them
+    def __init__(self, ids: torch.Tensor, tokens: torch.Tensor, log_probs: torch.Tensor | None) -> None:
+        """`tokens` are int32 [requests], BROKEN where there is none."""
+        self.ids = ids  # the same, of the vocabulary even where a row is broken: the next step may read them
         self._has_log_probs = log_probs is not None
-        tokens = torch.where(is_finite, ids, BROKEN)
         # Float64 holds ids exactly, so both come in one copy.
         self._download = Download(tokens if log_probs is None else torch.stack((tokens.double(), log_probs.double())))
 
@@ -54,6 +52,7 @@ class Sampler:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._history = _TokenHistory(device)
+        self._greedy_tokens = greedy_tokens_for(device)
 
     @torch.inference_mode()
     def sample(
@@ -65,13 +64,14 @@ class Sampler:
         """
         is_plain = all(request.sampling.is_plain for request in requests)
         edited = logits if is_plain else self._ban(self._penalize(logits, requests, sampled_ids), requests)
-        largest, ids = edited.max(dim=-1)
+        ids, tokens = self._greedy_tokens(edited)
         log_probs = None
         if not is_plain:
             ids = self._draw(edited, ids, requests)
+            tokens = torch.where(tokens == BROKEN, BROKEN, ids)
             if any(request.sampling.gather_log_probs for request in requests):
-                log_probs = logits.gather(1, ids[:, None])[:, 0] - logits.logsumexp(dim=-1)
-        return Sampled(ids, largest.isfinite(), log_probs)
+                log_probs = logits.gather(1, ids[:, None].long())[:, 0] - logits.logsumexp(dim=-1)
+        return Sampled(ids, tokens, log_probs)
 
     def _penalize(
         self, logits: torch.Tensor, requests: Sequence[Request], sampled_ids: torch.Tensor | None
@@ -112,7 +112,7 @@ class Sampler:
         return logits.index_put((rows, ids), logits.new_full((), -torch.inf))
 
     def _draw(self, logits: torch.Tensor, greedy_ids: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
-        """`greedy_ids`, with a drawn token for each request that is not greedy."""
+        """int32 `greedy_ids`, with a drawn token for each request that is not greedy."""
         rows = [row for row, request in enumerate(requests) if not request.sampling.is_greedy]
         if not rows:
             return greedy_ids
@@ -136,7 +136,7 @@ class Sampler:
         last_kept = (((mass - probs < top_p) & (probs > 0)).sum(dim=-1, keepdim=True) - 1).clamp_(min=0)
         target = uniform * mass.gather(1, last_kept)
         position = torch.minimum((mass <= target).sum(dim=-1, keepdim=True), last_kept)
-        return greedy_ids.index_copy(0, index, ids.gather(1, position)[:, 0])
+        return greedy_ids.index_copy(0, index, ids.gather(1, position)[:, 0].int())
 
     def _columns(self, rows: Sequence[tuple[float, ...]], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
         """Host numbers, a tuple per row, as one [rows, 1] tensor per column."""
@@ -226,4 +226,4 @@ class _TokenHistory:
         if pending:
             assert sampled_ids is not None, "a token is pending that no step has sampled"
             places, rows = upload(pending, torch.int64, device).unbind(dim=1)
-            self._table.view(-1)[places] = sampled_ids[rows]
+            self._table.view(-1)[places] = sampled_ids[rows].long()

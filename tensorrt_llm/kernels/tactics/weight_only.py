@@ -44,9 +44,7 @@ def heuristic(shape: MatmulShape, tokens: int) -> Tactic:
         return _tiles(shape, tokens, 8, 32, 5, 2, wanted_programs=768 if is_int4 else 528, most_splits=4)
     token_tile = min(next_power_of_2(tokens), 64)
     num_stages = 3 if is_int4 else 4 if token_tile > 32 else 5
-    return _tiles(
-        shape, tokens, token_tile, 64, num_stages, 4, wanted_programs=264 if is_int4 else 384, most_splits=4
-    )
+    return _tiles(shape, tokens, token_tile, 64, num_stages, 4, wanted_programs=264 if is_int4 else 384, most_splits=4)
 
 
 # Two programs of 16 rows on each of 132 SMs, and bytes of a row that leave their registers room.
