@@ -22,12 +22,20 @@ class CudaGraphPool:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)  # the stream on which the device works is none to capture from
 
     def capture(self, run: Callable[[], torch.Tensor]) -> Captured:
-        """`run` as a graph. It must have run before: what it compiles or sets up once cannot be captured."""
+        """`run` as a graph. It must have run before: what it compiles or sets up once cannot be captured.
+
+        The device goes on with what it was given: torch.cuda.graph would wait for it, and have it wait.
+        """
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            result = run()
+        with torch.cuda.stream(self._stream):
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                result = run()
+            finally:
+                graph.capture_end()
         return Captured(graph.replay, _without_ownership(result, graph, self._device))
 
 

@@ -53,8 +53,8 @@ class StepGraphs:
     """`run(inputs) -> logits`, replayed where a graph was captured of it.
 
     Decodes follow each other in the same room, and after a short prompt somebody waits for the first token: they are
-    captured at once. Mixed steps are captured when their room comes for the second time, as many of them as there is
-    room for; a step that is launched kernel by kernel is slow, and not wrong.
+    captured behind the first run. Mixed steps are captured and replayed when their room comes for the second time, as
+    many of them as there is room for; a step that is launched kernel by kernel is slow, and not wrong.
     """
 
     def __init__(
@@ -69,11 +69,11 @@ class StepGraphs:
         self._limits = limits
         self._device = device
         self._graphs: dict[Room, _Graph] = {}
-        self._mixed: dict[Room, int] = {}  # how often each mixed room came without a graph
+        self._seen: set[Room] = set()  # mixed rooms that have come
 
     def logits(self, batch: Batch, room: Room, sampled_ids: torch.Tensor | None) -> torch.Tensor:
         """What the batch's rows give, until the next call overwrites it."""
-        graph = self._graphs.get(room)
+        graph = self._graphs.get(room) or self._capture_if_due(room)
         buffer = graph.buffer if graph else StepBuffer(room, self._limits.max_batch_size, self._device)
         buffer.fill(to_arrays(batch, room, self._limits.max_batch_size), sampled_ids)
         if graph:
@@ -81,32 +81,37 @@ class StepGraphs:
             return graph.captured.result[: batch.num_logits]
         # This run compiles kernels and makes what they keep, so it comes before a capture in any case.
         logits = self._run_in(room, buffer)
-        if self._is_worth_a_graph(room):
+        if not _is_mixed(room):
             self._capture(room, buffer)
         return logits[: batch.num_logits]
 
     def capture_seen(self) -> None:
         """Capture now what would be captured when it comes again."""
-        for room in self._mixed:
+        for room in self._seen:
             if room not in self._graphs and self._num_mixed_graphs < _MOST_MIXED_GRAPHS:
                 self._capture(room, StepBuffer(room, self._limits.max_batch_size, self._device))
 
     def _run_in(self, room: Room, buffer: StepBuffer) -> torch.Tensor:
         return self._run(StepInputs(buffer.tensors(), room.shape(self._limits.tokens_per_block)))
 
-    def _is_worth_a_graph(self, room: Room) -> bool:
+    def _capture_if_due(self, room: Room) -> _Graph | None:
+        """The new graph of a mixed room that has come before."""
         if not _is_mixed(room):
-            return True
-        self._mixed[room] = self._mixed.get(room, 0) + 1
-        return self._mixed[room] > 1 and self._num_mixed_graphs < _MOST_MIXED_GRAPHS
+            return None
+        if room not in self._seen:
+            self._seen.add(room)
+            return None
+        if self._num_mixed_graphs == _MOST_MIXED_GRAPHS:
+            return None
+        return self._capture(room, StepBuffer(room, self._limits.max_batch_size, self._device))
 
     @property
     def _num_mixed_graphs(self) -> int:
         return sum(map(_is_mixed, self._graphs))
 
-    def _capture(self, room: Room, buffer: StepBuffer) -> None:
+    def _capture(self, room: Room, buffer: StepBuffer) -> _Graph:
         started = time.perf_counter()
-        self._graphs[room] = _Graph(buffer, self._capture_function(lambda: self._run_in(room, buffer)))
+        graph = self._graphs[room] = _Graph(buffer, self._capture_function(lambda: self._run_in(room, buffer)))
         logger.info(
             "captured a graph of %d prompt tokens and %d decodes in %.0f ms, %d graphs now",
             room.num_context_tokens,
@@ -114,6 +119,7 @@ class StepGraphs:
             1000 * (time.perf_counter() - started),
             len(self._graphs),
         )
+        return graph
 
 
 def room_for(batch: Batch, limits: Limits) -> Room | None:
