@@ -33,6 +33,14 @@ def token_offsets(table_ptr, positions, mask, block_stride, token_stride, TOKENS
 
 
 @triton.jit
+def tile_offsets(table_ptr, first, block_stride, token_stride, TILE: tl.constexpr, TOKENS_PER_BLOCK: tl.constexpr):
+    """token_offsets of the TILE positions from `first` on, which lie in one block: one read of the table for all."""
+    tl.static_assert(TOKENS_PER_BLOCK % TILE == 0)
+    block = tl.load(table_ptr + first // TOKENS_PER_BLOCK).to(tl.int64)
+    return block * block_stride + (first % TOKENS_PER_BLOCK) * token_stride + tl.arange(0, TILE) * token_stride
+
+
+@triton.jit
 def load_scales(scales_ptr, offsets, mask, value_stride, WIDTH: tl.constexpr):
     """Scales of the keys at pool offsets `offsets`, where vectors are WIDTH apart, and of the values beside them.
 

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from ..step import StepShape
-from .kv_pool import VALUE_SCALE_LIFT, dot_dtype, load_scales, padded_width, pool_strides, token_offsets
+from .kv_pool import VALUE_SCALE_LIFT, dot_dtype, load_scales, padded_width, pool_strides, tile_offsets, token_offsets
 
 
 @triton.jit
@@ -43,7 +43,10 @@ def _attend(
     for first in tl.range(start, stop, KEY_TILE, num_stages=NUM_STAGES):
         positions = first + tl.arange(0, KEY_TILE)
         cached = positions < stop
-        offsets = token_offsets(table_ptr, positions, cached, block_stride, token_stride, TOKENS_PER_BLOCK)
+        if TOKENS_PER_BLOCK % KEY_TILE == 0:
+            offsets = tile_offsets(table_ptr, first, block_stride, token_stride, KEY_TILE, TOKENS_PER_BLOCK)
+        else:
+            offsets = token_offsets(table_ptr, positions, cached, block_stride, token_stride, TOKENS_PER_BLOCK)
         pointers = keys_ptr + offsets[:, None] + dims[None, :]
         mask = cached[:, None] & (dims < HEAD_SIZE)[None, :]
         keys = tl.load(pointers, mask=mask, other=0.0).to(DOT_DTYPE)
