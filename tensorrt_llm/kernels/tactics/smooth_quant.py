@@ -27,15 +27,19 @@ def _token_tile(tokens: int, most: int) -> int:
     return min(max(16, next_power_of_2(tokens)), most)
 
 
-# Rows, columns, stages, warps.
+# Rows, columns, stages, warps; of many tokens the tokens first.
 _TILES_OF_FEW = ((32, 256, 4, 2), (64, 128, 5, 4), (64, 256, 3, 4), (64, 256, 4, 4), (64, 512, 3, 4), (128, 128, 4, 4))
 _TILES_OF_MANY = (
-    (64, 128, 4, 4),
-    (64, 256, 3, 4),
-    (128, 128, 3, 4),
-    (128, 128, 3, 8),
-    (128, 128, 4, 8),
-    (256, 128, 3, 8),
+    (64, 64, 256, 3, 4),
+    (128, 64, 128, 4, 4),
+    (128, 64, 256, 3, 4),
+    (128, 128, 128, 3, 8),
+    (128, 128, 128, 4, 8),
+    (128, 256, 128, 3, 8),
+    (256, 64, 128, 3, 4),
+    (256, 64, 128, 4, 8),
+    (256, 128, 128, 3, 8),
+    (256, 128, 128, 4, 8),
 )
 
 
@@ -47,5 +51,5 @@ def candidates(shape: MatmulShape, tokens: int) -> list[Tactic]:
     elif tokens <= 64:
         found += [Tactic("tiles", _token_tile(tokens, 64), *numbers) for numbers in _TILES_OF_FEW]
     else:
-        found += [Tactic("tiles", 128, *numbers) for numbers in _TILES_OF_MANY]
+        found += [Tactic("tiles", *numbers) for numbers in _TILES_OF_MANY]
     return list(dict.fromkeys(found))
