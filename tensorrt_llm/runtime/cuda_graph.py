@@ -6,7 +6,7 @@ result. It lies in the graphs' memory, like all that led to it, and is there fro
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,7 +21,9 @@ class CudaGraphPool:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._pool = torch.cuda.graph_pool_handle()
+        # Alive without a graph, so that a first capture that fails does not end it.
+        self._pool = torch.cuda.MemPool()
+        self._pool_id: Any = self._pool.id  # torch's signatures do not agree on its type
         self._stream = torch.cuda.Stream(device)  # the stream on which the device works is none to capture from
 
     def capture(self, run: Callable[[], torch.Tensor]) -> Captured:
@@ -31,7 +33,7 @@ class CudaGraphPool:
         """
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(self._stream):
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            graph.capture_begin(pool=self._pool_id, capture_error_mode="thread_local")
             try:
                 result = run()
             finally:

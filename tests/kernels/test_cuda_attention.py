@@ -274,10 +274,12 @@ def test_a_prompt_has_the_same_bits_in_any_pieces(device: torch.device, dtype: t
 def test_decodes_around_block_and_split_borders(
     device: torch.device, heads: tuple[int, int], is_int8: bool, number: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    lengths = [7, 8, 9, 63, 64, 65, 128, 129, 255, 256, 257, 513]
     if number == "crowd":
+        lengths += [1025]
         monkeypatch.setattr(decode_one_head, "CROWD_VECTORS", 1)
     attention = batch_invariant_gpt_attention if number == "many" else gpt_attention
-    borders = [(length - 1, 1, 1) for length in (7, 8, 9, 63, 64, 65, 128, 129, 255, 256, 257, 513)]
+    borders = [(length - 1, 1, 1) for length in lengths]
     case = make_case([], borders, device=device, heads=heads, tokens_per_block=8, is_int8=is_int8)
     assert_matches_reference(case, attention)
 

@@ -24,3 +24,20 @@ def test_a_replay_follows_what_lies_at_the_address_and_results_belong_to_nobody(
         for factor, graph in enumerate(graphs, start=1):
             graph.replay()
             assert torch.equal(graph.result, torch.full((SIZE,), factor * value, device=device))
+
+
+@pytest.mark.gpu
+def test_a_capture_that_fails_leaves_the_pool_usable() -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    pool = CudaGraphPool(device)
+
+    def fail() -> torch.Tensor:
+        torch.ones(SIZE, device=device)
+        raise RuntimeError("no result")
+
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no result"):
+            pool.capture(fail)
+    graph = pool.capture(lambda: torch.ones(3, device=device))
+    graph.replay()
+    assert graph.result.tolist() == [1, 1, 1]

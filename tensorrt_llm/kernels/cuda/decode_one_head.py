@@ -7,12 +7,11 @@ at `first_token`, their sequences at `first_sequence`. K and V of earlier tokens
 table (kv_pool.py has the layout). The new token's are turned (rope_kv.py has the formula) and written there by the
 program that has the last split, which takes them from its registers: no program reads what another writes.
 
-A program takes one sequence, one head and one split, of SPLIT_TOKENS tokens or a multiple of that, the smallest with
-which num_splits of them hold the sequence. SPLIT_TOKENS and num_splits are the same for all sequences of a step, and
-depend on their number and on the longest that may come, unless is_batch_invariant. With one split the result is final;
-otherwise each split leaves its normalised result and its log-sum-exp, and whichever program of a head is the last to
-arrive weighs them in order (splits.py). Only the counting of arrivals is atomic: who comes last changes no bit. Softmax
-is in float32 and in powers of two: log2(e) is folded into the scale.
+A program takes one sequence, one head and one split of SPLIT_TOKENS tokens. Splits have one size in a step, which
+depends on the number of sequences and, if they are few, on the longest one, unless is_batch_invariant. With one split
+the result is final; otherwise each split leaves its normalised result and its log-sum-exp, and whichever program of a
+head is the last to arrive weighs them in order (splits.py). Only the counting of arrivals is atomic: who comes last
+changes no bit. Softmax is in float32 and in powers of two: log2(e) is folded into the scale.
 """
 
 # mypy: allow-untyped-defs
@@ -96,15 +95,17 @@ def _decode_one_head(
     NUM_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, DIM_TILE: tl.constexpr, TOKENS_PER_BLOCK: tl.constexpr,
     ROTARY_DIM: tl.constexpr, NTK_LENGTH: tl.constexpr, LOGN_LENGTH: tl.constexpr,
     SPLIT_TOKENS: tl.constexpr, TILE_TOKENS: tl.constexpr, NUM_STAGES: tl.constexpr,
-    IS_ONE_TILE: tl.constexpr, IS_INT8: tl.constexpr, IS_EARLY: tl.constexpr, OVERLAP: tl.constexpr,
+    IS_INT8: tl.constexpr, IS_EARLY: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """No dot: 15 of 16 rows of a tensor core tile would be padding.
 
     `arrivals` has a zero for each sequence and head, and has it again when all programs are done.
     """
     start_next(OVERLAP)
+    IS_ONE_TILE: tl.constexpr = SPLIT_TOKENS == TILE_TOKENS
     index, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     sequence, token = first_sequence + index, (first_token + index).to(tl.int64)
+    start = split * SPLIT_TOKENS
     dims = tl.arange(0, DIM_TILE)
     dim_mask = dims < HEAD_SIZE
     partner = rotary_partner(dims, ROTARY_DIM)
@@ -118,16 +119,14 @@ def _decode_one_head(
         q, q_partner, key, key_partner, value = _load_new(row_ptr, dims, dim_mask, partner, NUM_HEADS, HEAD_SIZE)
     table_ptr = block_tables_ptr + sequence.to(tl.int64) * table_stride
     if IS_ONE_TILE:
-        positions = split * TILE_TOKENS + tl.arange(0, TILE_TOKENS)
+        positions = start + tl.arange(0, TILE_TOKENS)
         is_in_table = positions < table_stride * TOKENS_PER_BLOCK
         offsets = token_offsets(table_ptr, positions, is_in_table, block_stride, token_stride, TOKENS_PER_BLOCK)
-    split_tokens = TILE_TOKENS if IS_ONE_TILE else tl.cdiv(length, num_splits * SPLIT_TOKENS) * SPLIT_TOKENS
-    start = split * split_tokens
     # The first split of every sequence goes on to the wait: a kernel of which no program waits would be over before the
     # one in front of it, and the next would wait for nothing.
     if start >= length:
         return
-    stop = tl.minimum(start + split_tokens, length - 1)  # the newest token is not in the pool yet
+    stop = tl.minimum(start + SPLIT_TOKENS, length - 1)  # the newest token is not in the pool yet
     keys_ptr = pool_ptr + head.to(tl.int64) * head_stride
     if IS_INT8:
         scales_ptr += head.to(tl.int64) * (head_stride // HEAD_SIZE)
@@ -159,7 +158,7 @@ def _decode_one_head(
                 keys_ptr, scales_ptr, offsets, cached, value_stride, HEAD_SIZE, DIM_TILE, IS_INT8
             )  # fmt: skip
             top, total, result = _attend(q, top, total, result, cached, keys, values, key_scale, value_scale, IS_INT8)
-    if start + split_tokens >= length:
+    if start + SPLIT_TOKENS >= length:
         turned = (key * cosine + key_partner * sine)[None, :]
         if IS_INT8:
             new_key, new_key_scale = quantize_rows(turned)
@@ -182,7 +181,7 @@ def _decode_one_head(
     share = tl.exp2(top - best)
     sum_of_weights = tl.sum(total * share, axis=0)
     row = tl.sum(result * share[:, None], axis=0) / sum_of_weights
-    used_splits = tl.cdiv(length, split_tokens)
+    used_splits = tl.cdiv(length, SPLIT_TOKENS)
     out_ptrs = out_ptr + (token * NUM_HEADS + head) * HEAD_SIZE + dims
     if used_splits == 1:
         tl.store(out_ptrs, row, mask=dim_mask)
@@ -205,21 +204,16 @@ class _Cut(NamedTuple):
     tile_tokens: int
     num_stages: int
     num_warps: int
-    most_splits: int | None = None  # of a sequence; None: a split is SPLIT_TOKENS
     is_early: bool = False  # overlap.py has what that means
-
-    def num_splits(self, max_length: int) -> int:
-        needed = triton.cdiv(max_length, self.split_tokens)
-        return min(needed, self.most_splits or needed)
 
 
 # 256 tokens of a 128-wide float16 head are 128 KB, about 5 us of one SM's share of an H100's memory. Tiles of K and V
 # are of 4 KB each in float16, two of them in flight, eight programs on an SM: 64 sequences of 288 tokens take 84 us, in
 # tiles of 32 on 4 warps 98; over int8 68 and 79 (H200).
 _MANY = _Cut(256, 16, 3, 2)
-# A program for each split of the longest sequence that may come: of 240 sequences of 400 tokens where 2048 may come
-# three in four find nothing to do, and take 70 us of 500 to find that (H100). So many sequences need fewer splits.
-_CROWD = _MANY._replace(most_splits=2)
+# There is a program for each split of the longest sequence that may come. Of 217 sequences with 343 tokens each, where
+# 2048 may come, most would find nothing to do: in splits of 256 attention takes 20 us longer of 430 (H100).
+_CROWD = _Cut(1024, 16, 3, 2)
 # Fewer programs than keep an SM busy: a sequence of 192 tokens in splits of 256 takes 8.3 us, in these 7.5 (H200).
 _SOME = _Cut(64, 16, 3, 2)
 # One sequence or a few: what counts is the time of one program, so a split is one tile. Of a 7B model's layer the first
@@ -264,7 +258,7 @@ def decode_one_head(
     assert qkv.is_contiguous() and qkv.shape[1] == 3 * num_heads * head_size
     decodes = step.batch_size - step.num_contexts
     cut = _cut(decodes * num_heads, step.max_sequence_length, is_batch_invariant)
-    num_splits = cut.num_splits(step.max_sequence_length)
+    num_splits = triton.cdiv(step.max_sequence_length, cut.split_tokens)
     partial, lse = room_for_splits(out, decodes, num_splits)
     can_overlap = has_dependent_launch(qkv.device)
     is_early = can_overlap and cut.is_early
@@ -276,7 +270,6 @@ def decode_one_head(
         NUM_HEADS=num_heads, HEAD_SIZE=head_size, DIM_TILE=padded_width(head_size),
         TOKENS_PER_BLOCK=past_key_value.shape[3], **rules.constants,
         SPLIT_TOKENS=cut.split_tokens, TILE_TOKENS=cut.tile_tokens, NUM_STAGES=cut.num_stages,
-        IS_ONE_TILE=cut.split_tokens == cut.tile_tokens and cut.most_splits is None,
         IS_INT8=key_value_scales is not None, IS_EARLY=is_early, OVERLAP=can_overlap, launch_pdl=is_early,
         num_warps=cut.num_warps,
         # Of two warps each, eight programs share an SM. Float32 is for exactness, and would spill.

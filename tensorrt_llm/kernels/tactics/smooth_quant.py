@@ -13,8 +13,10 @@ def heuristic(shape: MatmulShape, tokens: int) -> Tactic:
     if tokens > 64 and -(-tokens // 128) * -(-shape.rows // 128) >= 128:
         # Three stages let two programs share an SM: 1.4 times as fast as four at 2048 tokens (H200).
         return Tactic("tiles", 128, 128, 128, 3, 8)
-    # Bound by memory: with fewer tiles than SMs each must have more under way (H200, the shapes of a 7B model).
-    return Tactic("tiles", _token_tile(tokens, 64), 64, 256, 3 if -(-shape.rows // 64) >= 128 else 4, 4)
+    # Bound by memory: with fewer tiles than SMs each must have more under way (the shapes of a 7B model).
+    token_tile = _token_tile(tokens, 64)
+    tiles = -(-tokens // token_tile) * -(-shape.rows // 64)
+    return Tactic("tiles", token_tile, 64, 256, 3 if tiles >= 128 else 4, 4)
 
 
 def _stream(shape: MatmulShape, row_tile: int, words: int) -> Tactic:
@@ -36,9 +38,6 @@ _TILES_OF_MANY = (
     (128, 128, 128, 3, 8),
     (128, 128, 128, 4, 8),
     (128, 256, 128, 3, 8),
-    (256, 64, 128, 3, 4),
-    (256, 64, 128, 4, 8),
-    (256, 128, 128, 3, 8),
     (256, 128, 128, 4, 8),
 )
 
