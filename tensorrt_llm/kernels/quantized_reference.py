@@ -7,7 +7,7 @@ import torch
 
 from ..dtype import torch_dtype
 from ..quantization.quantize import dequantize
-from .reference import add, compute_dtype, quantize_per_token, rms_norm
+from .reference import add, compute_dtype, quantize_per_token, rms_norm, smoothed
 
 Weights = tuple[torch.Tensor, ...]
 
@@ -72,8 +72,7 @@ def add_rms_norm_quantize(
 
 def quantize_tensor(x: torch.Tensor, scale: torch.Tensor, smoother: torch.Tensor | None = None) -> torch.Tensor:
     """q = round(x / smoother / scale), cut to -127..127; scale float32 [1]."""
-    smooth = x.float() if smoother is None else x.float() / smoother
-    return (smooth * (1 / scale)).round().clamp(-127, 127).to(torch.int8)
+    return (smoothed(x, smoother) * (1 / scale)).round().clamp(-127, 127).to(torch.int8)
 
 
 def integer_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -125,12 +125,17 @@ def logn_scale(position_ids: torch.Tensor, trained_length: int, dtype: torch.dty
     return (torch.log(position_ids.to(dtype) + 1) / math.log(trained_length)).clamp(min=1)
 
 
+def smoothed(x: torch.Tensor, smoother: torch.Tensor | None) -> torch.Tensor:
+    """x / smoother in float32, as x times the inverse: a kernel inverts the smoother once, and divides nothing."""
+    return x.float() if smoother is None else x.float() * (1 / smoother)
+
+
 def quantize_per_token(x: torch.Tensor, smoother: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """q = round(x / smoother * (127 / amax)), amax the largest magnitude of a row: int8 [T, k], amax / 127 [T, 1].
 
     Half steps go to the even integer. A row of (next to) nothing becomes zeros.
     """
-    smooth = x.float() if smoother is None else x.float() / smoother
+    smooth = smoothed(x, smoother)
     amax = smooth.abs().amax(-1, keepdim=True)
     steps_per_unit = torch.where(amax > 1e-30, 127 / amax, torch.zeros_like(amax))
     return (smooth * steps_per_unit).round().to(torch.int8), amax / 127

@@ -135,7 +135,7 @@ def to_arrays(batch: Batch, room: Room, num_sampled: int) -> dict[str, np.ndarra
 
     # A pending token is a decode's, and a zero for the host.
     token_ids = np.zeros(room.num_tokens, dtype=np.int32)
-    token_ids[: batch.num_context_tokens] = [token for row in batch.contexts for token in row.token_ids]
+    token_ids[: batch.num_context_tokens] = list(chain.from_iterable(row.token_ids for row in batch.contexts))
     token_sources = np.arange(num_sampled, num_sampled + room.num_tokens, dtype=np.int32)
     decodes = slice(room.num_context_tokens, room.num_context_tokens + len(decoding))
     is_pending = np.array([request.num_pending for request in decoding], dtype=bool)

@@ -267,7 +267,7 @@ def test_a_prompt_has_the_same_bits_in_any_pieces(device: torch.device, dtype: t
         assert torch.equal(rest.step(gpt_attention)[0], output[start:])
 
 
-# One query head per KV head has splits for few sequences, for many and for a crowd; batch invariance takes those of many.
+# One query head per KV head has splits for few sequences, for many and for a crowd; batch invariance those of many.
 @pytest.mark.parametrize("number", ["few", "many", "crowd"])
 @pytest.mark.parametrize("is_int8", [False, True])
 @pytest.mark.parametrize("heads", [(1, 1), (2, 1)])

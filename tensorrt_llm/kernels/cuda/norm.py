@@ -2,10 +2,11 @@
 
     rms_norm(x)        = x * rsqrt(mean(x^2) + eps) * weight
     add_rms_norm(x, y) = s, rms_norm(s)   with s = x + y, kept in float32
-    ..._quantize       = ..., q, scale    of the norm / smoother, as in int8_rows.py
+    ..._quantize       = ..., q, scale    of the norm * inverse, as in int8_rows.py
 
-x, y and the results are [tokens, hidden], rows contiguous; weight and smoother are [hidden]. Each row belongs to one
-program, all math is in float32, and each result is rounded once. A row's bits do not depend on the other rows.
+x, y and the results are [tokens, hidden], rows contiguous; weight and inverse, that of a smoother, are [hidden]. Each
+row belongs to one program, all math is in float32, and each result is rounded once. A row's bits do not depend on the
+other rows.
 """
 
 # mypy: allow-untyped-defs
@@ -22,7 +23,7 @@ from .overlap import overlapping, start_next, wait_for_previous
 
 @triton.jit
 def _rms_norm(
-    x_ptr, y_ptr, weight_ptr, smoother_ptr, sum_ptr, out_ptr, scale_ptr,
+    x_ptr, y_ptr, weight_ptr, inverse_ptr, sum_ptr, out_ptr, scale_ptr,
     HIDDEN: tl.constexpr, BLOCK: tl.constexpr, EPS: tl.constexpr, HAS_ADDEND: tl.constexpr,
     HAS_SMOOTHER: tl.constexpr, IS_QUANTIZED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -32,7 +33,7 @@ def _rms_norm(
     mask = columns < HIDDEN
     weight = tl.load(weight_ptr + columns, mask=mask, other=0.0).to(tl.float32)
     if HAS_SMOOTHER:
-        smoother = tl.load(smoother_ptr + columns, mask=mask, other=1.0)
+        inverse = tl.load(inverse_ptr + columns, mask=mask, other=1.0)
     wait_for_previous(OVERLAP)
     x = tl.load(x_ptr + row + columns, mask=mask, other=0.0).to(tl.float32)
     if HAS_ADDEND:
@@ -41,7 +42,7 @@ def _rms_norm(
     out = x * tl.rsqrt(tl.sum(x * x) / HIDDEN + EPS) * weight
     if IS_QUANTIZED:
         if HAS_SMOOTHER:
-            out = tl.div_rn(out, smoother)
+            out *= inverse
         out, scale = quantize_rows(out)
         tl.store(scale_ptr + tl.program_id(0) + tl.zeros([1, 1], tl.int32), scale)
     tl.store(out_ptr + row + columns, out, mask=mask)
@@ -64,22 +65,29 @@ def add_rms_norm(
     return total, out
 
 
+def prepare_norm_quantize(
+    weight: torch.Tensor, smoother: torch.Tensor | None = None, *, eps: float
+) -> tuple[torch.Tensor, ...]:
+    """The weight, and the inverse of a smoother."""
+    return (weight,) if smoother is None else (weight, 1 / smoother)
+
+
 def rms_norm_quantize(
-    x: torch.Tensor, weight: torch.Tensor, smoother: torch.Tensor | None = None, *, eps: float
+    x: torch.Tensor, weight: torch.Tensor, inverse: torch.Tensor | None = None, *, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """int8 [tokens, hidden] of the norm / smoother, and float32 [tokens, 1], a scale for each row."""
+    """int8 [tokens, hidden] of the norm * inverse, and float32 [tokens, 1], a scale for each row."""
     out, scale = _empty_integers(x)
-    _launch(x, None, weight, smoother, None, out, scale, eps)
+    _launch(x, None, weight, inverse, None, out, scale, eps)
     return out, scale
 
 
 def add_rms_norm_quantize(
-    x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, smoother: torch.Tensor | None = None, *, eps: float
+    x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, inverse: torch.Tensor | None = None, *, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(x + y in float32, rms_norm_quantize of that sum)."""
     total = _empty_sum(x, y)
     out, scale = _empty_integers(x)
-    _launch(x, y, weight, smoother, total, out, scale, eps)
+    _launch(x, y, weight, inverse, total, out, scale, eps)
     return total, out, scale
 
 
@@ -98,7 +106,7 @@ def _launch(
     x: torch.Tensor,
     y: torch.Tensor | None,
     weight: torch.Tensor,
-    smoother: torch.Tensor | None,
+    inverse: torch.Tensor | None,
     total: torch.Tensor | None,
     out: torch.Tensor,
     scale: torch.Tensor | None,
@@ -113,7 +121,7 @@ def _launch(
     # loads of the float32 residual, all in flight at once; 4096 columns take 16 warps.
     num_warps = min(max(block // 256, 1), 16)
     _rms_norm[(rows,)](
-        x, y, weight, smoother, total, out, scale, HIDDEN=hidden, BLOCK=block, EPS=eps, HAS_ADDEND=y is not None,
-        HAS_SMOOTHER=smoother is not None, IS_QUANTIZED=scale is not None, num_warps=num_warps,
+        x, y, weight, inverse, total, out, scale, HIDDEN=hidden, BLOCK=block, EPS=eps, HAS_ADDEND=y is not None,
+        HAS_SMOOTHER=inverse is not None, IS_QUANTIZED=scale is not None, num_warps=num_warps,
         **overlapping(x.device),
     )  # fmt: skip

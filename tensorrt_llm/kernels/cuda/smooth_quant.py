@@ -1,11 +1,12 @@
 """W8A8: activations to int8, and matmuls of int8 by int8 with exact int32 sums (SmoothQuant).
 
-    quantize_per_token(x, s)   q = round(x / s * 127 / amax), scale amax / 127, amax of each row of x / s
-    quantize_tensor(x, a, s)   q = round(x / s / a), cut to -127..127
+    quantize_per_token(x, i)   q = round(x * i * 127 / amax), scale amax / 127, amax of each row of x * i
+    quantize_tensor(x, a, i)   q = round(x * i / a), cut to -127..127
     smooth_quant_gemm          y[t, n] = sum_k x[t, k] w[n, k] * (x_scale[t] * w_scale[n]) + bias[n]
     smooth_quant_gated_mlp     silu(x fc^T) * (x gate^T), each product as above
 
-x and weights are [rows, k] with k contiguous; x_scale is [tokens, 1] or [1]. Integers are summed without rounding, so
+x and weights are [rows, k] with k contiguous; x_scale is [tokens, 1] or [1]; i is the inverse of a smoother, made once.
+Integers are summed without rounding, so
 a result depends on nothing but its row of x and of the weight; scales, bias and gate are float32, rounded once.
 """
 
@@ -28,7 +29,7 @@ from .overlap import overlapping, start_next, wait_for_previous
 
 @triton.jit
 def _quantize(
-    x_ptr, smoother_ptr, scale_ptr, q_ptr,
+    x_ptr, inverse_ptr, scale_ptr, q_ptr,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, HAS_SMOOTHER: tl.constexpr, IS_STATIC: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -38,12 +39,12 @@ def _quantize(
     columns = tl.arange(0, BLOCK)[None, :]
     mask = columns < WIDTH
     if HAS_SMOOTHER:
-        smoother = tl.load(smoother_ptr + columns, mask=mask, other=1.0)
+        inverse = tl.load(inverse_ptr + columns, mask=mask, other=1.0)
     wait_for_previous(OVERLAP)
     row = token.to(tl.int64) * WIDTH + columns
     x = tl.load(x_ptr + row, mask=mask, other=0.0).to(tl.float32)
     if HAS_SMOOTHER:
-        x = tl.div_rn(x, smoother)
+        x *= inverse
     if IS_STATIC:
         steps_per_unit = tl.div_rn(1.0, tl.load(scale_ptr))
         q = round_to_int8(x * steps_per_unit)
@@ -129,19 +130,27 @@ def _multiply_tiles(
     store_outputs(y, tile, token_ids, tokens, num_rows, bias_ptr, out_ptr, TOKEN_TILE, ROW_TILE, HAS_BIAS, IS_GATED)
 
 
-def quantize_per_token(x: torch.Tensor, smoother: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def prepare_quantize_per_token(smoother: torch.Tensor) -> tuple[torch.Tensor]:
+    return (1 / smoother,)
+
+
+def prepare_quantize_tensor(scale: torch.Tensor, smoother: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+    return (scale,) if smoother is None else (scale, 1 / smoother)
+
+
+def quantize_per_token(x: torch.Tensor, inverse: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """int8 [T, k] and float32 [T, 1], equal to the reference's to the bit."""
     scale = torch.empty((x.shape[0], 1), dtype=torch.float32, device=x.device)
-    return _launch_quantize(x, smoother, scale, is_static=False), scale
+    return _launch_quantize(x, inverse, scale, is_static=False), scale
 
 
-def quantize_tensor(x: torch.Tensor, scale: torch.Tensor, smoother: torch.Tensor | None = None) -> torch.Tensor:
+def quantize_tensor(x: torch.Tensor, scale: torch.Tensor, inverse: torch.Tensor | None = None) -> torch.Tensor:
     """int8 [T, k] with the scale float32 [1] that calibration gave."""
-    return _launch_quantize(x, smoother, scale, is_static=True)
+    return _launch_quantize(x, inverse, scale, is_static=True)
 
 
 def _launch_quantize(
-    x: torch.Tensor, smoother: torch.Tensor | None, scale: torch.Tensor, *, is_static: bool
+    x: torch.Tensor, inverse: torch.Tensor | None, scale: torch.Tensor, *, is_static: bool
 ) -> torch.Tensor:
     tokens, width = x.shape
     assert x.is_contiguous(), "quantize: rows must be contiguous"
@@ -150,7 +159,7 @@ def _launch_quantize(
         block = triton.next_power_of_2(width)
         # As in norm.py: one row is one program, and its latency counts. 11008 columns take 32 warps.
         _quantize[(tokens,)](
-            x, smoother, scale, q, WIDTH=width, BLOCK=block, HAS_SMOOTHER=smoother is not None, IS_STATIC=is_static,
+            x, inverse, scale, q, WIDTH=width, BLOCK=block, HAS_SMOOTHER=inverse is not None, IS_STATIC=is_static,
             num_warps=min(max(block // 256, 1), 32), **overlapping(x.device),
         )  # fmt: skip
     return q
