@@ -64,10 +64,10 @@ def _copy_words(
 
 @gluon.jit
 def _copy_scales(
-    ring, ptr, slot, tile, index, num_rows, num_groups, BLOCKS: gl.constexpr, PARTS: gl.constexpr,
+    rings, ptr, slot, tile, index, num_rows, num_groups, BLOCKS: gl.constexpr, PARTS: gl.constexpr,
     PLANES_PER_SCALE: gl.constexpr, PLANES_PER_GROUP: gl.constexpr, ROW_TILE: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
-    """Scales or zero points, PARTS of [PIECES * ROW_TILE], of the same block of every piece; 4 bytes a lane."""
+    """Scales or zero points [PIECES * ROW_TILE] of each part of the same block of every piece; 4 bytes a lane."""
     width: gl.constexpr = 32 // ptr.dtype.element_ty.primitive_bitwidth
     layout: gl.constexpr = gl.BlockedLayout([width], [32], [num_warps], [0])
     part_rows = gl.arange(0, PIECES * ROW_TILE, layout)
@@ -76,9 +76,18 @@ def _copy_scales(
     for part in gl.static_range(PARTS):
         # Beyond the last group x is zero, and any scale will do.
         group = gl.minimum((block * PARTS + part) * PLANES_PER_SCALE // PLANES_PER_GROUP, num_groups - 1)
-        async_copy.async_copy_global_to_shared(
-            ring.index(slot * PARTS + part), ptr + group * num_rows + rows, mask=rows < num_rows
-        )
+        scale_ptrs = ptr + group * num_rows + rows
+        async_copy.async_copy_global_to_shared(rings[part].index(slot), scale_ptrs, mask=rows < num_rows)
+
+
+@gluon.jit
+def _allocate_rings(dtype: gl.constexpr, count: gl.constexpr, NUM_STAGES: gl.constexpr, ROWS: gl.constexpr):
+    """Rings for the scales of each part: several, as writes to one and the same would wait for each other."""
+    layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    rings = ()
+    for _ in gl.static_range(count):
+        rings += (gl.allocate_shared_memory(dtype, [NUM_STAGES, ROWS], layout),)
+    return rings
 
 
 @gluon.jit
@@ -96,17 +105,15 @@ def _ring_rows(
     HAS_GROUPS: gl.constexpr = PLANES_PER_GROUP > 0
     OFFSET: gl.constexpr = 1 << (BITS - 1)
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[num_warps, 1], instr_shape=[16, 8])
-    left: gl.constexpr = gl.DotOperandLayout(0, mma, 8)
-    right: gl.constexpr = gl.DotOperandLayout(1, mma, 8)
+    left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
+    right: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
     # Eight lanes together read 64 bytes of each of two rows, which so lie in different banks.
     halves: gl.constexpr = gl.SwizzledSharedLayout(32, 1, 2, [1, 0])
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
 
     word_ring = gl.allocate_shared_memory(gl.int16, [NUM_STAGES, ROWS, PLANE], halves)
-    if HAS_GROUPS:
-        scale_ring = gl.allocate_shared_memory(scale_ptr.dtype.element_ty, [NUM_STAGES * PARTS, ROWS], flat)
-        if HAS_ZERO:
-            zero_ring = gl.allocate_shared_memory(gl.int16, [NUM_STAGES * PARTS, ROWS], flat)
+    scale_rings = _allocate_rings(scale_ptr.dtype.element_ty, PARTS if HAS_GROUPS else 0, NUM_STAGES, ROWS)
+    zero_rings = _allocate_rings(gl.int16, PARTS if HAS_GROUPS and HAS_ZERO else 0, NUM_STAGES, ROWS)
     x_parts = gl.allocate_shared_memory(gl.float16, [BLOCKS * PARTS, PIECES, PLANES_PER_SCALE * PLANE], halves)
     x_sums = gl.allocate_shared_memory(gl.float32, [BLOCKS * PARTS, PIECES], flat)
     row_sums = gl.allocate_shared_memory(gl.float32, [SUM_TILES, ROWS], flat)
@@ -120,12 +127,12 @@ def _ring_rows(
             _copy_words(word_ring.index(step), words_ptr, tile, index, num_rows, NUM_BLOCKS, BLOCKS, ROW_TILE, num_warps)
             if HAS_GROUPS:
                 _copy_scales(
-                    scale_ring, scale_ptr, step, tile, index, num_rows, num_groups,
+                    scale_rings, scale_ptr, step, tile, index, num_rows, num_groups,
                     BLOCKS, PARTS, PLANES_PER_SCALE, PLANES_PER_GROUP, ROW_TILE, num_warps,
                 )  # fmt: skip
                 if HAS_ZERO:
                     _copy_scales(
-                        zero_ring, zero_ptr, step, tile, index, num_rows, num_groups,
+                        zero_rings, zero_ptr, step, tile, index, num_rows, num_groups,
                         BLOCKS, PARTS, PLANES_PER_SCALE, PLANES_PER_GROUP, ROW_TILE, num_warps,
                     )  # fmt: skip
         async_copy.commit_group()
@@ -147,12 +154,12 @@ def _ring_rows(
                 )  # fmt: skip
                 if HAS_GROUPS:
                     _copy_scales(
-                        scale_ring, scale_ptr, ahead_slot, ahead_tile, ahead_index, num_rows, num_groups,
+                        scale_rings, scale_ptr, ahead_slot, ahead_tile, ahead_index, num_rows, num_groups,
                         BLOCKS, PARTS, PLANES_PER_SCALE, PLANES_PER_GROUP, ROW_TILE, num_warps,
                     )  # fmt: skip
                     if HAS_ZERO:
                         _copy_scales(
-                            zero_ring, zero_ptr, ahead_slot, ahead_tile, ahead_index, num_rows, num_groups,
+                            zero_rings, zero_ptr, ahead_slot, ahead_tile, ahead_index, num_rows, num_groups,
                             BLOCKS, PARTS, PLANES_PER_SCALE, PLANES_PER_GROUP, ROW_TILE, num_warps,
                         )  # fmt: skip
             async_copy.commit_group()
@@ -161,13 +168,15 @@ def _ring_rows(
             ahead_index = gl.where(ahead_index == BLOCKS, 0, ahead_index)
             ahead_slot = gl.where(ahead_slot == NUM_STAGES - 1, 0, ahead_slot + 1)
 
-            words = word_ring.index(slot).load(left)
+            words = word_ring.index(slot).load(_lanes_of_16_bytes(ROWS, num_warps))
+            words = gl.convert_layout(_k_order(words), left, assert_trivial=True)
             for part in gl.static_range(PARTS):
                 even = gl.zeros([ROWS, PIECES], gl.float32, mma)
                 odd = gl.zeros([ROWS, PIECES], gl.float32, mma)
                 for member in gl.static_range(PLANES_PER_SCALE):
                     x_plane = x_parts.index(index * PARTS + part).slice(member * PLANE, PLANE, dim=1)
-                    x = x_plane.permute([1, 0]).load(right)
+                    x = x_plane.load(_lanes_of_16_bytes(PIECES, num_warps))
+                    x = gl.convert_layout(gl.permute(_k_order(x), [1, 0]), right, assert_trivial=True)
                     q = subnormals(words, part * PLANES_PER_SCALE + member, BITS)
                     if BITS == 4 and (part * PLANES_PER_SCALE + member) % 2 == 1:
                         odd = mma_v2(q, x, odd)
@@ -175,14 +184,14 @@ def _ring_rows(
                         even = mma_v2(q, x, even)
                 offsets = x_sums.index(index * PARTS + part).load(gl.SliceLayout(0, mma))[None, :]
                 if HAS_GROUPS and HAS_ZERO:
-                    zeros = zero_ring.index(slot * PARTS + part).load(gl.SliceLayout(1, mma)).to(gl.float32)
+                    zeros = zero_rings[part].index(slot).load(gl.SliceLayout(1, mma)).to(gl.float32)
                     products = even - offsets * (zeros + OFFSET)[:, None]
                 else:
                     products = even - offsets * OFFSET
                 if BITS == 4:
                     products += odd * 0.0625  # four bits in the upper half of a byte count sixteenfold
                 if HAS_GROUPS:
-                    scales = scale_ring.index(slot * PARTS + part).load(gl.SliceLayout(1, mma)).to(gl.float32)
+                    scales = scale_rings[part].index(slot).load(gl.SliceLayout(1, mma)).to(gl.float32)
                     sums += products * scales[:, None]
                 else:
                     sums += products
@@ -192,6 +201,26 @@ def _ring_rows(
         row_sums, x_sum, first_tile, num_rows, scale_ptr, zero_ptr, bias_ptr, out_ptr,
         HAS_GROUPS, HAS_ZERO, HAS_BIAS, IS_GATED, ROW_TILE, NUM_TILES, SUM_TILES, num_warps,
     )  # fmt: skip
+
+
+@gluon.constexpr_function
+def _lanes_of_16_bytes(rows, num_warps):
+    """[rows, PLANE] of 16 bits: four lanes take a row, 16 bytes of each of its halves; 8 rows are of all warps."""
+    registers, lanes = [[0, 1], [0, 2], [0, 4], [0, 32]], [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]]
+    warps = [[0, 0] for _ in range(num_warps.bit_length() - 1)]
+    if rows > 8:
+        registers.append([8, 0])
+        warps = [[16 << bit, 0] for bit in range(len(warps))]
+        registers += [[row, 0] for row in (16 * num_warps << bit for bit in range(8)) if row < rows]
+    return gl.DistributedLinearLayout(registers, lanes, warps, [], [rows, 64])
+
+
+@gluon.jit
+def _k_order(operand):
+    """The order in which tensor cores take what a lane holds, two neighbouring registers at a time."""
+    ROWS: gl.constexpr = operand.shape[0]
+    halves = gl.reshape(operand, [ROWS, 2, 4, 4, 2])  # halves of a row, lanes, pairs of 16 bytes, of two
+    return gl.reshape(gl.permute(halves, [0, 1, 3, 2, 4]), [ROWS, PLANE])
 
 
 @gluon.jit
