@@ -45,6 +45,18 @@ def _x_layout(columns, num_warps):
 
 
 @gluon.jit
+def _piece_of(part_row, ROW_TILE: gl.constexpr):
+    """The piece that a row of a stage is of: even pieces in the upper half of a tensor core tile, odd in the lower."""
+    return part_row // (2 * ROW_TILE) * 2 + part_row // 8 % 2
+
+
+@gluon.jit
+def _row_of(part_row, ROW_TILE: gl.constexpr):
+    """Which of ROW_TILE rows a row of a stage is of."""
+    return part_row // 16 % (ROW_TILE // 8) * 8 + part_row % 8
+
+
+@gluon.jit
 def _copy_words(
     ring, words_ptr, tile, index, num_rows, NUM_BLOCKS: gl.constexpr, BLOCKS: gl.constexpr, ROW_TILE: gl.constexpr,
     num_warps: gl.constexpr,
@@ -53,10 +65,12 @@ def _copy_words(
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [num_warps, 1], [1, 0])
     part_rows = gl.arange(0, PIECES * ROW_TILE, gl.SliceLayout(1, layout))
     columns = gl.arange(0, PLANE, gl.SliceLayout(0, layout))
-    row, first_block = part_rows % ROW_TILE, part_rows // ROW_TILE * BLOCKS
+    row, first_block = _row_of(part_rows, ROW_TILE), _piece_of(part_rows, ROW_TILE) * BLOCKS
     tile_ptr = words_ptr + tile.to(gl.int64) * (ROW_TILE * NUM_BLOCKS * PLANE) + index * PLANE
     word_ptrs = tile_ptr + (row * (NUM_BLOCKS * PLANE) + first_block * PLANE)[:, None] + columns[None, :]
-    mask = tile * ROW_TILE + row < num_rows
+    mask = gl.full([PIECES * ROW_TILE], True, gl.int1, gl.SliceLayout(1, layout))
+    if ROW_TILE > 16:  # num_rows is a multiple of 16
+        mask = mask & (tile * ROW_TILE + row < num_rows)
     if NUM_BLOCKS % PIECES != 0:
         mask = mask & (first_block + index < NUM_BLOCKS)
     async_copy.async_copy_global_to_shared(ring, word_ptrs, mask=mask[:, None], cache_modifier=".cg")
@@ -65,19 +79,46 @@ def _copy_words(
 @gluon.jit
 def _copy_scales(
     rings, ptr, slot, tile, index, num_rows, num_groups, BLOCKS: gl.constexpr, PARTS: gl.constexpr,
-    PLANES_PER_SCALE: gl.constexpr, PLANES_PER_GROUP: gl.constexpr, ROW_TILE: gl.constexpr, num_warps: gl.constexpr,
+    PLANES_PER_SCALE: gl.constexpr, PLANES_PER_GROUP: gl.constexpr, IS_WHOLE: gl.constexpr, ROW_TILE: gl.constexpr,
+    num_warps: gl.constexpr,
 ):  # fmt: skip
     """Scales or zero points [PIECES * ROW_TILE] of each part of the same block of every piece; 4 bytes a lane."""
     width: gl.constexpr = 32 // ptr.dtype.element_ty.primitive_bitwidth
     layout: gl.constexpr = gl.BlockedLayout([width], [32], [num_warps], [0])
     part_rows = gl.arange(0, PIECES * ROW_TILE, layout)
-    rows = tile * ROW_TILE + part_rows % ROW_TILE
-    block = part_rows // ROW_TILE * BLOCKS + index
+    rows = tile * ROW_TILE + _row_of(part_rows, ROW_TILE)
+    mask = gl.full([PIECES * ROW_TILE], True, gl.int1, layout)
+    if ROW_TILE > 16:  # num_rows is a multiple of 16
+        mask = rows < num_rows
+    block = _piece_of(part_rows, ROW_TILE) * BLOCKS + index
     for part in gl.static_range(PARTS):
-        # Beyond the last group x is zero, and any scale will do.
-        group = gl.minimum((block * PARTS + part) * PLANES_PER_SCALE // PLANES_PER_GROUP, num_groups - 1)
+        group = (block * PARTS + part) * PLANES_PER_SCALE // PLANES_PER_GROUP
+        if not IS_WHOLE:  # beyond the last group x is zero, and any scale will do
+            group = gl.minimum(group, num_groups - 1)
         scale_ptrs = ptr + group * num_rows + rows
-        async_copy.async_copy_global_to_shared(rings[part].index(slot), scale_ptrs, mask=rows < num_rows)
+        async_copy.async_copy_global_to_shared(rings[part].index(slot), scale_ptrs, mask=mask)
+
+
+@gluon.jit
+def _copy_stage(
+    words_ptr, scale_ptr, zero_ptr, word_ring, scale_rings, zero_rings, slot, tile, index, num_rows, num_groups,
+    DEPTH: gl.constexpr, NUM_BLOCKS: gl.constexpr, BLOCKS: gl.constexpr, PARTS: gl.constexpr,
+    PLANES_PER_SCALE: gl.constexpr, PLANES_PER_GROUP: gl.constexpr, HAS_ZERO: gl.constexpr, ROW_TILE: gl.constexpr,
+    num_warps: gl.constexpr,
+):  # fmt: skip
+    """Start copying what stage `slot` takes: block `index` of every piece of tile `tile`."""
+    IS_WHOLE: gl.constexpr = PIECES * BLOCKS * PARTS * PLANES_PER_SCALE * PLANE == DEPTH
+    _copy_words(word_ring.index(slot), words_ptr, tile, index, num_rows, NUM_BLOCKS, BLOCKS, ROW_TILE, num_warps)
+    if PLANES_PER_GROUP > 0:
+        _copy_scales(
+            scale_rings, scale_ptr, slot, tile, index, num_rows, num_groups, BLOCKS, PARTS, PLANES_PER_SCALE,
+            PLANES_PER_GROUP, IS_WHOLE, ROW_TILE, num_warps,
+        )  # fmt: skip
+        if HAS_ZERO:
+            _copy_scales(
+                zero_rings, zero_ptr, slot, tile, index, num_rows, num_groups, BLOCKS, PARTS, PLANES_PER_SCALE,
+                PLANES_PER_GROUP, IS_WHOLE, ROW_TILE, num_warps,
+            )  # fmt: skip
 
 
 @gluon.jit
@@ -120,21 +161,13 @@ def _ring_rows(
 
     first_tile = gl.program_id(0) * NUM_TILES
     num_tiles = gl.minimum(NUM_TILES, (num_rows + ROW_TILE - 1) // ROW_TILE - first_tile)
-    num_steps = num_tiles * BLOCKS
     for step in gl.static_range(NUM_STAGES - 1):
-        if step < num_steps:
-            tile, index = first_tile + step // BLOCKS, step % BLOCKS
-            _copy_words(word_ring.index(step), words_ptr, tile, index, num_rows, NUM_BLOCKS, BLOCKS, ROW_TILE, num_warps)
-            if HAS_GROUPS:
-                _copy_scales(
-                    scale_rings, scale_ptr, step, tile, index, num_rows, num_groups,
-                    BLOCKS, PARTS, PLANES_PER_SCALE, PLANES_PER_GROUP, ROW_TILE, num_warps,
-                )  # fmt: skip
-                if HAS_ZERO:
-                    _copy_scales(
-                        zero_rings, zero_ptr, step, tile, index, num_rows, num_groups,
-                        BLOCKS, PARTS, PLANES_PER_SCALE, PLANES_PER_GROUP, ROW_TILE, num_warps,
-                    )  # fmt: skip
+        if step < num_tiles * BLOCKS:
+            _copy_stage(
+                words_ptr, scale_ptr, zero_ptr, word_ring, scale_rings, zero_rings, step, first_tile + step // BLOCKS,
+                step % BLOCKS, num_rows, num_groups, DEPTH, NUM_BLOCKS, BLOCKS, PARTS, PLANES_PER_SCALE,
+                PLANES_PER_GROUP, HAS_ZERO, ROW_TILE, num_warps,
+            )  # fmt: skip
         async_copy.commit_group()
     gdc_wait()
     x_sum = _keep_x(x_ptr, x_parts, x_sums, DEPTH, BLOCKS * PARTS, PARTS, BLOCKS, PLANES_PER_SCALE, num_warps)
@@ -148,20 +181,11 @@ def _ring_rows(
         for index in range(BLOCKS):
             async_copy.wait_group(NUM_STAGES - 2)
             if ahead_tile < end_tile:
-                _copy_words(
-                    word_ring.index(ahead_slot), words_ptr, ahead_tile, ahead_index, num_rows,
-                    NUM_BLOCKS, BLOCKS, ROW_TILE, num_warps,
+                _copy_stage(
+                    words_ptr, scale_ptr, zero_ptr, word_ring, scale_rings, zero_rings, ahead_slot, ahead_tile,
+                    ahead_index, num_rows, num_groups, DEPTH, NUM_BLOCKS, BLOCKS, PARTS, PLANES_PER_SCALE,
+                    PLANES_PER_GROUP, HAS_ZERO, ROW_TILE, num_warps,
                 )  # fmt: skip
-                if HAS_GROUPS:
-                    _copy_scales(
-                        scale_rings, scale_ptr, ahead_slot, ahead_tile, ahead_index, num_rows, num_groups,
-                        BLOCKS, PARTS, PLANES_PER_SCALE, PLANES_PER_GROUP, ROW_TILE, num_warps,
-                    )  # fmt: skip
-                    if HAS_ZERO:
-                        _copy_scales(
-                            zero_rings, zero_ptr, ahead_slot, ahead_tile, ahead_index, num_rows, num_groups,
-                            BLOCKS, PARTS, PLANES_PER_SCALE, PLANES_PER_GROUP, ROW_TILE, num_warps,
-                        )  # fmt: skip
             async_copy.commit_group()
             ahead_index += 1
             ahead_tile += ahead_index // BLOCKS
@@ -226,7 +250,7 @@ def _k_order(operand):
 @gluon.jit
 def _own_columns(mma: gl.constexpr, ROW_TILE: gl.constexpr):
     """Which of [PIECES * ROW_TILE, PIECES] products are of a piece of the weight and the same piece of x."""
-    piece_of_row = gl.arange(0, PIECES * ROW_TILE, gl.SliceLayout(1, mma)) // ROW_TILE
+    piece_of_row = _piece_of(gl.arange(0, PIECES * ROW_TILE, gl.SliceLayout(1, mma)), ROW_TILE)
     return piece_of_row[:, None] == gl.arange(0, PIECES, gl.SliceLayout(0, mma))[None, :]
 
 
@@ -260,15 +284,19 @@ def _finish(
     ROW_TILE: gl.constexpr, NUM_TILES: gl.constexpr, SUM_TILES: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """The end of a matmul, as epilogue.py has it, of all tiles of a program at once."""
-    LANES: gl.constexpr = ROW_TILE // 2
-    by_piece: gl.constexpr = gl.BlockedLayout([1, 8, 2], [32 // LANES, 1, LANES], [num_warps, 1, 1], [2, 1, 0])
-    flat: gl.constexpr = gl.SliceLayout(1, by_piece)
+    # [tiles, pairs of pieces, eighths of a tile, pieces of a pair, rows], see _piece_of and _row_of.
+    EIGHTHS: gl.constexpr = ROW_TILE // 8
+    shape: gl.constexpr = [SUM_TILES, PIECES // 2, EIGHTHS, 2, 8]
+    stored: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [4, 3, 2, 1, 0])
+    by_piece: gl.constexpr = gl.BlockedLayout(
+        [1, 4, 1, 2, 2], [8 // EIGHTHS, 1, EIGHTHS, 1, 4], [num_warps, 1, 1, 1, 1], [4, 3, 2, 1, 0]
+    )
+    sums = row_sums._reinterpret(gl.float32, shape, stored).load(by_piece)
+    sums = gl.reshape(gl.sum(gl.sum(sums, axis=3), axis=1), [SUM_TILES, ROW_TILE])
+    flat: gl.constexpr = sums.type.layout
     tiles = gl.arange(0, SUM_TILES, gl.SliceLayout(1, flat))
     rows = (first_tile + tiles)[:, None] * ROW_TILE + gl.arange(0, ROW_TILE, gl.SliceLayout(0, flat))[None, :]
     mask = (tiles < NUM_TILES)[:, None] & (rows < num_rows)
-    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
-    sums = row_sums._reinterpret(gl.float32, [SUM_TILES, PIECES, ROW_TILE], plain).load(by_piece)
-    sums = gl.sum(sums, axis=1)
     if not HAS_GROUPS:
         if HAS_ZERO:
             sums -= gl.load(zero_ptr + rows, mask=mask, other=0).to(gl.float32) * gl.sum(x_sum, axis=0)
@@ -309,7 +337,7 @@ def multiply(
     """Fill out [1, n]: x float16 [1, k] times a prepared weight whose planes are of 64 integers; Hopper or later.
 
     The number of rows is a multiple of 16, so that neighbouring scales can be copied 4 bytes at a time. Planes are
-    counted as in resident_stream.py. A program takes num_tiles tiles of row_tile rows, 2 or more for each warp.
+    counted as in resident_stream.py. A program takes num_tiles tiles of row_tile rows, which are 2 for each warp, or more.
     """
     num_groups, num_rows = scale.shape
     _ring_rows[(triton.cdiv(num_rows, row_tile * num_tiles),)](
