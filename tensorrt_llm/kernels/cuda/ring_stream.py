@@ -1,17 +1,17 @@
-"""One token times a weight of 8 or 4 bits in float16: tensor cores on weights that come through a ring in shared memory.
+"""One token times a weight of 8 or 4 bits in float16: tensor cores, and weights that come through a ring of copies.
 
 For weights of many rows, whose product lasts as long as the reading of the weight. What is in flight is a ring of
-NUM_STAGES pieces that cp.async fills: it costs no registers, goes on across the borders of tiles, and is full before the
-wait for x, while the kernel before still runs. A program takes NUM_TILES tiles of rows one after another; its sums wait
-in shared memory and are finished together at the end. The weight's layout is weight_only.py's; subnormal numbers, and
-eight pieces of a row as the eight columns of a tensor core tile, are resident_stream.py's.
+NUM_STAGES stages in shared memory: it costs no registers, goes on across the borders of tiles, and is full before the
+wait for x, while the kernel before still runs. A program takes NUM_TILES tiles of rows one after another; their sums
+wait in shared memory and are finished together at the end. The weight's layout is weight_only.py's; subnormal numbers,
+and eight pieces of a row as the eight columns of a tensor core tile, are resident_stream.py's.
 
-A piece is BLOCKS = ceil(blocks of a row / 8) blocks, and a stage has one block of each piece of a tile:
+A piece is BLOCKS = ceil(blocks of a row / 8) blocks, and a stage has one block of every piece of ROW_TILE rows:
 
-    stage 0: blocks 0, BLOCKS, 2 * BLOCKS .. of ROW_TILE rows, stage 1: 1, BLOCKS + 1 ..; then those of the next tile
+    stage 0: blocks 0, BLOCKS, 2 * BLOCKS ..     stage 1: 1, BLOCKS + 1, 2 * BLOCKS + 1 ..     then those of the next tile
 
-with their scales and zero points. x is in shared memory in the same order, with the sum of each group beside it: what
-the offset of the integers, and a zero point, add to a group's products is that sum, times the offset.
+with their scales and zero points. x is in shared memory in the same order, with the sum of each group beside it: the
+offset of the integers, and a zero point, add that sum times themselves to the products of a group.
 
 Written in Gluon, which Triton's interpreter does not have.
 """
@@ -337,7 +337,8 @@ def multiply(
     """Fill out [1, n]: x float16 [1, k] times a prepared weight whose planes are of 64 integers; Hopper or later.
 
     The number of rows is a multiple of 16, so that neighbouring scales can be copied 4 bytes at a time. Planes are
-    counted as in resident_stream.py. A program takes num_tiles tiles of row_tile rows, which are 2 for each warp, or more.
+    counted as in resident_stream.py. A program takes num_tiles tiles of row_tile rows, of which
+    each warp has two or more.
     """
     num_groups, num_rows = scale.shape
     _ring_rows[(triton.cdiv(num_rows, row_tile * num_tiles),)](

@@ -25,6 +25,7 @@ A row of x has the same bits in any batch that is multiplied the same way.
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -454,7 +455,7 @@ def _launch_stream(
     out = _empty_output(1, weight, dtype, is_gated, x.device)
     if tactic.way in ("resident", "ring"):
         operands = x, weight.words, weight.scale, weight.zero, bias, out
-        layout = dict(
+        layout: dict[str, Any] = dict(
             bits=weight.bits, planes_per_scale=_planes_per_scale(weight), planes_per_group=weight.planes_per_group
         )
         if tactic.way == "resident":

@@ -2,8 +2,8 @@
 
 stream   row_tile rows of the weight a program, depth_tile columns at a time; one token, of an even number of values
 resident all of the weight in registers at once, in float16 on a GPU that can start it early; else a stream
-ring     num_tiles tiles of row_tile rows a program, one after another, through a ring of num_stages in shared memory; where
-         resident may be
+ring     row_tile rows at a time, num_tiles of them a program, through a ring of num_stages in shared memory; in float16
+         where a GPU can start it early; else a stream
 tiles    tensor cores on tiles of token_tile x row_tile, a block of the layout at a time, whose depth may be divided
          among num_splits programs; any number of tokens
 widened  the weight widened to x's dtype, then cuBLAS; the only way for float32
