@@ -8,7 +8,7 @@ and eight pieces of a row as the eight columns of a tensor core tile, are reside
 
 A piece is BLOCKS = ceil(blocks of a row / 8) blocks, and a stage has one block of every piece of ROW_TILE rows:
 
-    stage 0: blocks 0, BLOCKS, 2 * BLOCKS ..     stage 1: 1, BLOCKS + 1, 2 * BLOCKS + 1 ..     then those of the next tile
+    stage 0: blocks 0, BLOCKS, 2 * BLOCKS ..    stage 1: 1, BLOCKS + 1, 2 * BLOCKS + 1 ..    then those of the next tile
 
 with their scales and zero points. x is in shared memory in the same order, with the sum of each group beside it: the
 offset of the integers, and a zero point, add that sum times themselves to the products of a group.
