@@ -15,12 +15,14 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 from tensorrt_llm.kernels import StepShape
 from tensorrt_llm.kernels.cuda import (
@@ -34,6 +36,8 @@ from tensorrt_llm.kernels.cuda import (
 )
 from tensorrt_llm.kernels.cuda.attention import GptAttention
 from tensorrt_llm.kernels.cuda.gated_mlp import silu_mul
+from tensorrt_llm.kernels.cuda.weight_only import weight_only_gated_mlp_by, weight_only_quant_matmul_by
+from tensorrt_llm.kernels.tactics import MatmulShape, Tactics, candidates
 
 HOPPER = GPUTarget("cuda", 90, 32)
 POINTERS = {
@@ -54,6 +58,8 @@ KERNELS = (
     ("weight_only", "_multiply_tiles"),
     ("weight_only", "_add_splits"),
     ("weight_only", "_widen"),
+    ("resident_stream", "_resident_rows"),
+    ("ring_stream", "_ring_rows"),
     ("smooth_quant", "_quantize"),
     ("smooth_quant", "_stream_rows"),
     ("smooth_quant", "_multiply_tiles"),
@@ -80,7 +86,7 @@ class Recorder:
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
-        values = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
+        values = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs | options
         signature: dict[str, str] = {}
         constants: dict[tuple[int, ...], Any] = {}
         attributes: dict[tuple[int, ...], list[list[Any]]] = {}
@@ -101,7 +107,8 @@ class Recorder:
                 is_aligned = type(value) is int and value % 16 == 0 and is_specialized
             if is_aligned:
                 attributes[(index,)] = [["tt.divisibility", 16]]
-        source = ASTSource(self.kernel, signature, constants, attributes)
+        kind = GluonASTSource if isinstance(self.kernel, GluonJITFunction) else ASTSource
+        source = kind(self.kernel, signature, constants, attributes)
         self.facts[self.kernel.__name__] = read_sass(triton.compile(source, target=HOPPER, options=options))
 
 
@@ -182,6 +189,23 @@ def multiply_int8(x: torch.Tensor, dtype: str) -> None:
     weight_only_quant_matmul(x, words, empty(1, 12288), None, bias, bits=8, has_zero=False, dtype=dtype)
 
 
+def multiply_through_rings(rows: int, depth: int, bits: int) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Every ring among the candidates of a shape, by a name for it."""
+    is_gated, groups = rows > depth * 4, depth // 128 if bits == 4 else 1
+    op = "weight_only_gated_mlp" if is_gated else "weight_only_quant_matmul"
+    shape = MatmulShape(op, rows, depth, torch.float16, bits, groups)
+    words = empty(rows, -(-depth * bits // 1024) * 64, dtype=torch.int16)
+    weight = words, empty(groups, rows, dtype=torch.float16 if bits == 4 else torch.float32), None
+    x, attributes = empty(1, depth, dtype=torch.float16), dict(bits=bits, has_zero=False, dtype="float16")
+    for number, tactic in enumerate(ring for ring in candidates(shape, 1) if ring.way == "ring"):
+        tactics = Tactics({(shape, 1): tactic})
+        if is_gated:
+            call = partial(weight_only_gated_mlp_by, tactics, x, *weight, **attributes)
+        else:
+            call = partial(weight_only_quant_matmul_by, tactics, x, *weight, None, **attributes)
+        yield f"ring_{rows}_{depth}_int{bits}_{number}", call
+
+
 def multiply_integers(tokens: int, dtype: str) -> None:
     """A projection in W8A8, for one token, or the gated MLP."""
     x, x_scale = empty(tokens, 4096, dtype=torch.int8), empty(tokens, 1)
@@ -227,6 +251,14 @@ def compile_quantized(cases: dict[str, Any]) -> None:
             multiply_int8(empty(tokens, 4096, dtype=dtype), name)
     with recording() as cases["widened_float16"]:
         multiply_int4(empty(512, 4096, dtype=half), "float16")
+    for rows, depth, bits in ((12288, 4096, 4), (22016, 4096, 4), (4096, 11008, 4), (22016, 4096, 8)):
+        for case, call in multiply_through_rings(rows, depth, bits):
+            with recording() as cases[case]:
+                call()
+    with recording() as cases["resident_float16"]:
+        words, scale = empty(4096, 16 * 64, dtype=torch.int16), empty(32, 4096, dtype=torch.float16)
+        x, attributes = empty(1, 4096, dtype=half), dict(bits=4, has_zero=False, dtype="float16")
+        weight_only_quant_matmul(x, words, scale, None, None, **attributes)
     for tokens in (1, 16, 512):
         with recording() as cases[f"w8a8_{tokens}_float16"]:
             multiply_integers(tokens, "float16")

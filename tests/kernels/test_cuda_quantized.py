@@ -19,12 +19,16 @@ from tensorrt_llm.kernels.cuda import (
     smooth_quant_gemm,
     weight_only,
     weight_only_gated_mlp,
-    weight_only_quant_matmul,
 )
 from tensorrt_llm.kernels.cuda.norm import prepare_norm_quantize
 from tensorrt_llm.kernels.cuda.smooth_quant import prepare_quantize_per_token, prepare_quantize_tensor
-from tensorrt_llm.kernels.cuda.weight_only import prepare_weight_only_gated_mlp, prepare_weight_only_quant_matmul
-from tensorrt_llm.kernels.tactics import MatmulShape, heuristic
+from tensorrt_llm.kernels.cuda.weight_only import (
+    prepare_weight_only_gated_mlp,
+    prepare_weight_only_quant_matmul,
+    weight_only_gated_mlp_by,
+    weight_only_quant_matmul_by,
+)
+from tensorrt_llm.kernels.tactics import MatmulShape, Tactic, Tactics, heuristic
 from tensorrt_llm.quantization import QuantizedWeight, quantize_weight
 from tensorrt_llm.quantization.quantize import pack_int4
 
@@ -205,13 +209,33 @@ def operands(weight: QuantizedWeight) -> tuple[torch.Tensor, ...]:
     return (weight.weight, weight.scale) + (() if weight.zero is None else (weight.zero,))
 
 
+def tactics_of_a_ring(
+    weight: QuantizedWeight,
+    depth: int,
+    ring: tuple[int, int, int, int],
+    op: str = "weight_only_quant_matmul",
+    rows: int = 0,
+) -> Tactics:
+    """Rows of a tile, stages, warps and tiles of a program, for one token."""
+    groups, has_zero = weight.scale.shape[1], weight.zero is not None
+    shape = MatmulShape(op, rows or len(weight.scale), depth, torch.float16, weight.bits, groups, has_zero)
+    row_tile, num_stages, num_warps, num_tiles = ring
+    tactic = Tactic("ring", row_tile=row_tile, num_stages=num_stages, num_warps=num_warps, num_tiles=num_tiles)
+    return Tactics({(shape, 1): tactic})
+
+
 def run_weight_only(
-    x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None, dtype: str
+    x: torch.Tensor,
+    weight: QuantizedWeight,
+    bias: torch.Tensor | None,
+    dtype: str,
+    tactics: Tactics | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(result, what the reference gives in float64), both as float32."""
     given = operands(weight) + (() if bias is None else (bias,))
     attributes = dict(bits=weight.bits, has_zero=weight.zero is not None, dtype=dtype)
-    got = weight_only_quant_matmul(x, *prepare_weight_only_quant_matmul(*given, **attributes), **attributes)
+    prepared = prepare_weight_only_quant_matmul(*given, **attributes)
+    got = weight_only_quant_matmul_by(tactics or Tactics(), x, *prepared, **attributes)
     wanted = quantized_reference.weight_only_quant_matmul(x.double(), *given, **attributes | {"dtype": "float32"})
     assert got.dtype == torch_dtype(dtype)
     return got.float(), wanted
@@ -333,6 +357,59 @@ def test_a_resident_weight_is_multiplied_exactly(
     # Of integers with their offset a sum is up to twice as large as of those without; no product is rounded.
     tolerance = 2 * roundoff("float32") * (16 + depth**0.5)
     torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("has_zero", [False, True])
+@pytest.mark.parametrize("ring", [(16, 6, 8, 3), (16, 3, 4, 1), (8, 2, 4, 5), (32, 3, 8, 2)])
+@pytest.mark.parametrize(
+    ("bits", "group_size", "rows", "depth"),
+    [
+        (4, 128, 4096, 4096),
+        (4, 128, 48, 11008),  # 43 blocks of columns are not eight pieces of six
+        (4, 64, 16, 448),  # fewer blocks than pieces, the last one not whole
+        (4, 192, 80, 1920),
+        (4, 512, 336, 2560),
+        (4, 0, 1232, 1001),
+        (8, 128, 400, 896),
+        (8, 0, 4224, 4096),
+    ],
+)
+def test_weights_of_a_ring_are_multiplied_exactly(
+    device: torch.device,
+    bits: int,
+    group_size: int,
+    rows: int,
+    depth: int,
+    ring: tuple[int, int, int, int],
+    has_zero: bool,
+) -> None:
+    weight = random_weight(rows, depth, bits, group_size, has_zero, device)
+    x, bias = torch.randn(1, depth, device=device).half(), torch.randn(rows, device=device).half()
+    got, wanted = run_weight_only(x, weight, bias, "float32", tactics_of_a_ring(weight, depth, ring))
+    tolerance = 2 * roundoff("float32") * (16 + depth**0.5)  # as above
+    torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("has_zero", [False, True])
+@pytest.mark.parametrize("ring", [(16, 6, 8, 3), (16, 3, 4, 1), (8, 2, 4, 5)])
+@pytest.mark.parametrize(("rows", "depth", "group_size"), [(11008, 4096, 128), (24, 2304, 64), (40, 1000, 0)])
+def test_a_gated_mlp_through_a_ring_equals_its_two_matmuls(
+    device: torch.device, rows: int, depth: int, group_size: int, ring: tuple[int, int, int, int], has_zero: bool
+) -> None:
+    fc, gate = (random_weight(rows, depth, 4, group_size, has_zero, device) for _ in range(2))
+    x = torch.randn(1, depth, device=device).half()
+    attributes = dict(bits=4, has_zero=has_zero, dtype="float32")
+    given = operands(fc) + operands(gate)
+    wanted = quantized_reference.weight_only_gated_mlp(x.double(), *given, **attributes)
+    tactics = tactics_of_a_ring(fc, depth, ring, "weight_only_gated_mlp", 2 * rows)
+    prepared = prepare_weight_only_gated_mlp(*given, **attributes)
+    got = [weight_only_gated_mlp_by(tactics, x, *prepared, **attributes) for _ in range(3)]
+    # Two sums as above, times factors of up to about 4, and an exponential.
+    tolerance = 8 * 2 * roundoff("float32") * (32 + depth**0.5)
+    torch.testing.assert_close(got[0], wanted, rtol=tolerance, atol=tolerance)
+    assert torch.equal(got[0], got[1]) and torch.equal(got[0], got[2]), "the same bits in every run"
 
 
 @pytest.mark.parametrize("tokens", [1, 5])

@@ -61,12 +61,13 @@ def test_a_kernel_that_starts_early_reads_only_weights_and_step_inputs_before_it
     }
     assert {kernel for _, kernel in before_wait} == {
         "_stream_rows", "_multiply_tiles", "_rms_norm", "_rope_kv", "_silu_mul", "_quantize", "_decode_one_head",
-        "_combine_splits", "_add_splits",
+        "_combine_splits", "_add_splits", "_resident_rows", "_ring_rows",
     }  # fmt: skip
     writes = [name for name, opcodes in before_wait.items() if any(op.startswith(GLOBAL_WRITES) for op in opcodes)]
     reads = {kernel for (_, kernel), opcodes in before_wait.items() if any(op.startswith("LDG") for op in opcodes)}
     assert not writes and reads == {
-        "_stream_rows", "_rms_norm", "_rope_kv", "_quantize", "_decode_one_head"
+        "_stream_rows", "_rms_norm", "_rope_kv", "_quantize", "_decode_one_head", "_resident_rows",
+        "_ring_rows",
     }  # fmt: skip
 
 
@@ -133,6 +134,17 @@ def test_streamed_weights_stay_in_the_lanes_that_loaded_them(compiled: dict[str,
     facts = compiled[f"{bits}_1_float16"]["_stream_rows"]
     assert count(facts, "STS", "STSM") <= 24, "sums, one for each row and scale"
     assert count(facts, "I2F") <= 8, "weights are unpacked without conversions, zero points are not"
+
+
+def test_a_ring_is_filled_before_the_wait_and_takes_few_registers(compiled: dict[str, dict[str, Any]]) -> None:
+    rings = {case: facts["_ring_rows"] for case, facts in compiled.items() if case.startswith("ring_")}
+    assert len(rings) == 20
+    for case, facts in rings.items():
+        assert facts["before_wait"].count("LDGSTS.E.BYPASS.128") >= 8, case  # 128 bytes a lane
+        assert facts["registers"] <= 128, case
+        # The weight, and x beside it, come from shared memory 16 bytes at a time, and scales two or more.
+        assert count(facts, "LDS.128") * 4 >= count(facts, "HMMA.16816.F32") >= 8, case
+        assert count(facts, "LDS.U16", "LDS.U8", "LDGSTS.E.BYPASS.64") == 0, case
 
 
 def test_integers_are_multiplied_as_integers(compiled: dict[str, Any]) -> None:

@@ -74,12 +74,24 @@ def test_the_heuristics_choice_is_the_first_candidate_everywhere() -> None:
     for shape in SHAPES:
         for tokens in BUCKETS:
             found = candidates(shape, tokens)
-            assert found[0] == heuristic(shape, tokens) and len(set(map(str, found))) == len(found) <= 12
+            assert found[0] == heuristic(shape, tokens) and len(set(map(str, found))) == len(found) <= 16
 
 
 def test_a_stream_is_a_candidate_for_one_token_only() -> None:
     for shape in SHAPES:
-        assert not [tactic for tokens in BUCKETS[1:] for tactic in candidates(shape, tokens) if tactic.way == "stream"]
+        ways = {tactic.way for tokens in BUCKETS[1:] for tactic in candidates(shape, tokens)}
+        assert not ways & {"stream", "ring"}
+
+
+def test_rings_are_candidates_for_float16_in_whole_planes() -> None:
+    def rings(shape: MatmulShape) -> int:
+        return sum(tactic.way == "ring" for tactic in candidates(shape, 1))
+
+    down = MatmulShape("weight_only_quant_matmul", 4096, 11008, HALF, 4, 86)
+    assert rings(down) >= 3 and rings(down._replace(bits=8, num_groups=1, has_zero=True)) >= 3
+    assert not rings(down._replace(dtype=torch.bfloat16))
+    assert not rings(down._replace(num_groups=344)), "planes of 32 integers"
+    assert not rings(down._replace(rows=4104)), "scales are not copied 4 bytes at a time"
 
 
 def test_a_gated_product_has_both_of_its_rows_in_a_tile() -> None:
@@ -106,6 +118,7 @@ def test_another_shape_has_another_choice() -> None:
 def test_a_name_says_what_is_launched() -> None:
     assert str(Tactic("tiles", 16, 64, 128, 5, 4)) == "tiles 16x64x128, 5 stages, 4 warps"
     assert str(Tactic("tiles", 8, 32, 0, 5, 2, 3)) == "tiles 8x32, 5 stages, 2 warps, 3 splits"
+    assert str(Tactic("ring", 0, 16, 0, 6, 8, 0, 11)) == "ring 16, 6 stages, 8 warps, 11 tiles"
     assert str(LIBRARY) == "library"
 
 

@@ -48,7 +48,7 @@ def _plane_ptx(index, bits):
 
 
 @gluon.jit
-def _subnormals(words, INDEX: gl.constexpr, BITS: gl.constexpr):
+def subnormals(words, INDEX: gl.constexpr, BITS: gl.constexpr):
     """Plane INDEX of int16 words: (q + 2^(BITS - 1)) / 2^24 in float16, sixteenfold for odd planes of 4 bits."""
     plane = gl.inline_asm_elementwise(_plane_ptx(INDEX, BITS), "=r,r", [words], dtype=gl.int16, is_pure=True, pack=2)
     return plane.to(gl.float16, bitcast=True)
@@ -119,7 +119,7 @@ def _resident_rows(
             for plane in gl.static_range(part * PLANES_PER_SCALE, (part + 1) * PLANES_PER_SCALE):
                 k = ((pieces * BLOCKS + index) * (PLANES * PLANE))[None, :] + (plane * PLANE + x_columns)[:, None]
                 x = gl.load(x_ptr + k, mask=k < DEPTH, other=0.0)
-                q = _subnormals(words[index], plane, BITS)
+                q = subnormals(words[index], plane, BITS)
                 if BITS == 4 and plane % 2 == 1:
                     odd = mma_v2(q, x, odd)
                 else:

@@ -14,8 +14,8 @@ Three ways to multiply, chosen by the number of tokens (kernels/tactics): rows o
 where a trick that saves conversions leaves 16 bits of a product (`_times_integers`); tensor cores on integers, which
 float16 and bfloat16 both hold exactly, with the scale put on the float32 sum of a group; and, where the weight is read
 often enough to pay, and always in float32, cuBLAS on a weight widened in memory. Only that third one rounds the weight,
-to x's dtype: to 11 bits in float16, 8 in bfloat16, as x itself was rounded when it came to be. A fourth, for one token
-and a weight of few rows, is resident_stream.py's.
+to x's dtype: to 11 bits in float16, 8 in bfloat16, as x itself was rounded when it came to be. Two more, for one token,
+are resident_stream.py's, for a weight of few rows, and ring_stream.py's.
 A row of x has the same bits in any batch that is multiplied the same way.
 """
 
@@ -25,6 +25,7 @@ A row of x has the same bits in any batch that is multiplied the same way.
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,9 +35,9 @@ import triton.language as tl
 from ...dtype import dtype_name, torch_dtype
 from ...quantization.quantize import integers_of
 from ..quantized_reference import split_optional
-from ..tactics import Tactic, Tactics
-from ..tactics.weight_only import plane_size
-from . import resident_stream
+from ..tactics import MatmulShape, Tactic, Tactics
+from ..tactics.weight_only import plane_size, stream
+from . import resident_stream, ring_stream
 from .epilogue import interleaved, store_outputs, tile_rows
 from .integer_planes import HAS_PTX, integer_plane
 from .kv_pool import dot_dtype
@@ -424,7 +425,11 @@ class _Weight:
 def _choose(tactics: Tactics, op: str, x: torch.Tensor, weight: _Weight) -> Tactic:
     tokens, depth = x.shape
     num_groups, rows = weight.scale.shape
-    return tactics.choose(op, rows, depth, x.dtype, weight.bits, num_groups, weight.zero is not None, tokens)
+    shape = MatmulShape(op, rows, depth, x.dtype, weight.bits, num_groups, weight.zero is not None)
+    tactic = tactics.choose(*shape, tokens)
+    if tactic.way in ("resident", "ring") and not has_dependent_launch(x.device):
+        return stream(shape)
+    return tactic
 
 
 def _multiply(
@@ -433,7 +438,7 @@ def _multiply(
     assert x.is_contiguous() and weight.words.is_contiguous(), "weight-only matmul: rows must be contiguous"
     if tactic.way == "widened":
         return _multiply_widened(x, weight, bias, dtype, is_gated)
-    if tactic.way in ("stream", "resident"):
+    if tactic.way in ("stream", "resident", "ring"):
         return _launch_stream(x, weight, bias, dtype, is_gated, tactic)
     return _launch_tiles(x, weight, bias, dtype, is_gated, tactic)
 
@@ -448,11 +453,18 @@ def _launch_stream(
 ) -> torch.Tensor:
     assert x.shape[0] == 1, f"weight-only matmul: a stream of {x.shape[0]} tokens"
     out = _empty_output(1, weight, dtype, is_gated, x.device)
-    if tactic.way == "resident" and has_dependent_launch(x.device):
-        resident_stream.multiply(
-            x, weight.words, weight.scale, weight.zero, bias, out, bits=weight.bits,
-            planes_per_scale=_planes_per_scale(weight), planes_per_group=weight.planes_per_group, is_gated=is_gated,
-        )  # fmt: skip
+    if tactic.way in ("resident", "ring"):
+        operands = x, weight.words, weight.scale, weight.zero, bias, out
+        layout: dict[str, Any] = dict(
+            bits=weight.bits, planes_per_scale=_planes_per_scale(weight), planes_per_group=weight.planes_per_group
+        )
+        if tactic.way == "resident":
+            resident_stream.multiply(*operands, **layout, is_gated=is_gated)
+        else:
+            ring_stream.multiply(
+                *operands, **layout, is_gated=is_gated, row_tile=tactic.row_tile, num_tiles=tactic.num_tiles,
+                num_stages=tactic.num_stages, num_warps=tactic.num_warps,
+            )  # fmt: skip
         return out
     row_tile = tactic.row_tile
     _stream_rows[(triton.cdiv(weight.num_rows, row_tile),)](

@@ -36,11 +36,17 @@ class Tactic:
     num_stages: int = 0
     num_warps: int = 0
     num_splits: int = 0  # programs that share the depth of a tile; their sums are added afterwards
+    num_tiles: int = 0  # tiles that a program takes one after another
 
     def __str__(self) -> str:
         """Names it among an op's candidates; timings are stored under it."""
         tiles = "x".join(str(tile) for tile in (self.token_tile, self.row_tile, self.depth_tile) if tile)
-        counts = ((self.num_stages, "stages"), (self.num_warps, "warps"), (self.num_splits, "splits"))
+        counts = (
+            (self.num_stages, "stages"),
+            (self.num_warps, "warps"),
+            (self.num_splits, "splits"),
+            (self.num_tiles, "tiles"),
+        )
         numbers = [tiles, *(f"{count} {name}" for count, name in counts if count)]
         return f"{self.way} {', '.join(numbers)}" if tiles else self.way
 

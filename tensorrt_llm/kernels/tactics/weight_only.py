@@ -2,6 +2,8 @@
 
 stream   row_tile rows of the weight a program, depth_tile columns at a time; one token, of an even number of values
 resident all of the weight in registers at once, in float16 on a GPU that can start it early; else a stream
+ring     row_tile rows at a time, num_tiles of them a program, through a ring of num_stages in shared memory; in float16
+         where a GPU can start it early; else a stream
 tiles    tensor cores on tiles of token_tile x row_tile, a block of the layout at a time, whose depth may be divided
          among num_splits programs; any number of tokens
 widened  the weight widened to x's dtype, then cuBLAS; the only way for float32
@@ -12,7 +14,7 @@ from dataclasses import replace
 
 import torch
 
-from .tactic import MatmulShape, Tactic, next_power_of_2
+from .tactic import SHARED_BYTES, MatmulShape, Tactic, next_power_of_2
 
 WIDENED = Tactic("widened")
 # Unpacking a weight for each 64 tokens costs what widening it once does at about 256.
@@ -36,8 +38,11 @@ def heuristic(shape: MatmulShape, tokens: int) -> Tactic:
     if tokens > _MOST_TOKENS_UNPACKED or shape.dtype == torch.float32:
         return WIDENED
     if tokens == 1 and shape.depth % 2 == 0:
-        stream = _stream(shape, 8 if shape.depth * shape.bits <= 16384 else 4, 1)
-        return replace(stream, way="resident") if _fits_registers(shape) else stream
+        if _fits_registers(shape):
+            return replace(stream(shape), way="resident")
+        if _RING is not None and _fits_ring(shape):
+            return _ring(shape, *_RING)
+        return stream(shape)
     is_int4 = shape.bits == 4
     if tokens <= 8:
         # Tiles of 32 rows are too few for wgmma, so that a dot does not wait for the one before.
@@ -66,6 +71,34 @@ def _fits_registers(shape: MatmulShape) -> bool:
         and shape.rows <= _MOST_ROWS_RESIDENT
         and shape.depth * shape.bits // 8 <= _MOST_BYTES_RESIDENT
     )
+
+
+# Of a tile the rows, stages and warps, and programs for each SM: what the heuristic takes; None: it streams.
+_RING: tuple[int, int, int, int] | None = None
+_MOST_TILES_OF_A_RING = 16  # whose sums wait in shared memory
+
+
+def _fits_ring(shape: MatmulShape) -> bool:
+    return shape.dtype == torch.float16 and plane_size(shape.depth, shape.num_groups) == 64 and shape.rows % 16 == 0
+
+
+def _ring(shape: MatmulShape, row_tile: int, num_stages: int, num_warps: int, programs_per_sm: int) -> Tactic:
+    tiles = -(-shape.rows // row_tile)
+    num_tiles = min(-(-tiles // (132 * programs_per_sm)), _MOST_TILES_OF_A_RING)
+    return Tactic("ring", row_tile=row_tile, num_stages=num_stages, num_warps=num_warps, num_tiles=num_tiles)
+
+
+def _ring_bytes(shape: MatmulShape, ring: Tactic) -> int:
+    """Shared memory of words, scales in float32 and zero points for each plane, of x and of sums, at most."""
+    rows, planes = 8 * ring.row_tile, 16 // shape.bits
+    stage = rows * (128 + planes * (4 + 2 * shape.has_zero) * (shape.num_groups > 1))
+    x_parts = 8 * planes * -(-shape.depth // (8 * block_size(shape)))
+    return ring.num_stages * stage + x_parts * (128 + 4) + next_power_of_2(ring.num_tiles) * rows * 4
+
+
+def stream(shape: MatmulShape) -> Tactic:
+    """The stream of the heuristic."""
+    return _stream(shape, 8 if shape.depth * shape.bits <= 16384 else 4, 1)
 
 
 def _stream(shape: MatmulShape, row_tile: int, share: float) -> Tactic:
@@ -97,6 +130,8 @@ def _tiles(
 
 
 _MOST_PIECES = 32  # of a program that streams
+# Rows, stages, warps, programs for each SM.
+_RINGS = ((16, 6, 8, 1), (16, 3, 8, 2), (16, 3, 4, 2), (8, 5, 4, 2), (8, 4, 4, 4))
 # Rows, stages, warps, programs that are wanted.
 _TILES_OF_FEW = ((32, 5, 2, 528), (32, 5, 2, 1056), (32, 4, 4, 528), (64, 4, 4, 528), (64, 4, 4, 264), (32, 6, 2, 264))
 _TILES_OF_MANY = (
@@ -116,11 +151,14 @@ def candidates(shape: MatmulShape, tokens: int) -> list[Tactic]:
     if shape.dtype == torch.float32:
         return found
     if tokens == 1 and shape.depth % 2 == 0:
-        found.append(_stream(shape, 8 if shape.depth * shape.bits <= 16384 else 4, 1))
+        found.append(stream(shape))
+        if _fits_ring(shape) and not _fits_registers(shape):
+            rings = [_ring(shape, *numbers) for numbers in _RINGS]
+            found += [ring for ring in rings if _ring_bytes(shape, ring) <= SHARED_BYTES]
         streams = [_stream(shape, rows, share) for rows in (2, 4, 8) for share in (0.5, 1, 2)]
         # Pieces of rows are unrolled: more of them compile for seconds, and spill.
         found += [
-            stream for stream in streams if stream.row_tile * -(-shape.depth // stream.depth_tile) <= _MOST_PIECES
+            tactic for tactic in streams if tactic.row_tile * -(-shape.depth // tactic.depth_tile) <= _MOST_PIECES
         ]
     if tokens <= 8:
         found += [_tiles(shape, tokens, 8, *numbers) for numbers in _TILES_OF_FEW[: 2 if tokens == 1 else None]]
