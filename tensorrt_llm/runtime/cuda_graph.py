@@ -6,7 +6,7 @@ result. It lies in the graphs' memory, like all that led to it, and is there fro
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -21,9 +21,7 @@ class CudaGraphPool:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        # Alive without a graph, so that a first capture that fails does not end it.
-        self._pool = torch.cuda.MemPool()
-        self._pool_id: Any = self._pool.id  # torch's signatures do not agree on its type
+        self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)  # the stream on which the device works is none to capture from
 
     def capture(self, run: Callable[[], torch.Tensor]) -> Captured:
@@ -33,9 +31,12 @@ class CudaGraphPool:
         """
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(self._stream):
-            graph.capture_begin(pool=self._pool_id, capture_error_mode="thread_local")
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 result = run()
+            except BaseException:
+                self._pool = torch.cuda.graph_pool_handle()  # a pool ends with the first graph if that is its only one
+                raise
             finally:
                 graph.capture_end()
         return Captured(graph.replay, _without_ownership(result, graph, self._device))

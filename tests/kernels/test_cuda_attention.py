@@ -276,7 +276,7 @@ def test_decodes_around_block_and_split_borders(
 ) -> None:
     lengths = [7, 8, 9, 63, 64, 65, 128, 129, 255, 256, 257, 513]
     if number == "crowd":
-        lengths += [1025]
+        lengths += [512, 1025]
         monkeypatch.setattr(decode_one_head, "CROWD_VECTORS", 1)
     attention = batch_invariant_gpt_attention if number == "many" else gpt_attention
     borders = [(length - 1, 1, 1) for length in lengths]

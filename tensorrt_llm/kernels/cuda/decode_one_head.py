@@ -211,9 +211,10 @@ class _Cut(NamedTuple):
 # are of 4 KB each in float16, two of them in flight, eight programs on an SM: 64 sequences of 288 tokens take 84 us, in
 # tiles of 32 on 4 warps 98; over int8 68 and 79 (H200).
 _MANY = _Cut(256, 16, 3, 2)
-# There is a program for each split of the longest sequence that may come. Of 217 sequences with 343 tokens each, where
-# 2048 may come, most would find nothing to do: in splits of 256 attention takes 20 us longer of 430 (H100).
-_CROWD = _Cut(1024, 16, 3, 2)
+# There is a program for each split of the longest sequence that may come, and of many sequences most have nothing for
+# it. Ten layers take 2 % less time than with splits of 256, for 217 sequences of 400 tokens where 2048 may come, and
+# 1 % for 64 of 280 where 1024 may; splits of 1024 are worse again (H100).
+_CROWD = _Cut(512, 16, 3, 2)
 # Fewer programs than keep an SM busy: a sequence of 192 tokens in splits of 256 takes 8.3 us, in these 7.5 (H200).
 _SOME = _Cut(64, 16, 3, 2)
 # One sequence or a few: what counts is the time of one program, so a split is one tile. Of a 7B model's layer the first
@@ -223,7 +224,7 @@ _FEW_SHORT = _Cut(16, 16, 1, 2, is_early=True)
 _FEW_LONG = _Cut(64, 64, 1, 4)
 _SHORT_TOKENS = 512
 # Pairs of a sequence and a head from which on a cut is best, for 132 SMs.
-CROWD_VECTORS, MANY_VECTORS, SOME_VECTORS = 4096, 768, 192
+CROWD_VECTORS, MANY_VECTORS, SOME_VECTORS = 2048, 768, 192
 
 
 def _cut(num_vectors: int, max_length: int, is_batch_invariant: bool) -> _Cut:

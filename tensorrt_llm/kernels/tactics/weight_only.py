@@ -17,8 +17,8 @@ import torch
 from .tactic import SHARED_BYTES, MatmulShape, Tactic, next_power_of_2
 
 WIDENED = Tactic("widened")
-# Unpacking a weight for each 64 tokens costs what widening it once does at about 256.
-_MOST_TOKENS_UNPACKED = 256
+# Unpacking a weight again for each 64 tokens then costs what widening it once does. By bits.
+_MOST_TOKENS_UNPACKED = {8: 512, 4: 448}
 # Beyond this tiles are not worth a timing, below that widening is not.
 _MOST_TOKENS_TIMED, _LEAST_TOKENS_WIDENED = 512, 32
 
@@ -35,7 +35,7 @@ def block_size(shape: MatmulShape) -> int:
 
 def heuristic(shape: MatmulShape, tokens: int) -> Tactic:
     """By times at the shapes of a 7B model on an H100: tools/kernel_bench.py, and ten layers in a row."""
-    if tokens > _MOST_TOKENS_UNPACKED or shape.dtype == torch.float32:
+    if tokens > _MOST_TOKENS_UNPACKED[shape.bits] or shape.dtype == torch.float32:
         return WIDENED
     if tokens == 1 and shape.depth % 2 == 0:
         if _fits_registers(shape):
