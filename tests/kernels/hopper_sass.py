@@ -31,13 +31,13 @@ from tensorrt_llm.kernels.cuda import (
     quantize_per_token,
     smooth_quant_gated_mlp,
     smooth_quant_gemm,
-    weight_only_gated_mlp,
     weight_only_quant_matmul,
 )
 from tensorrt_llm.kernels.cuda.attention import GptAttention
 from tensorrt_llm.kernels.cuda.gated_mlp import silu_mul
 from tensorrt_llm.kernels.cuda.weight_only import weight_only_gated_mlp_by, weight_only_quant_matmul_by
 from tensorrt_llm.kernels.tactics import MatmulShape, Tactics, candidates
+from tensorrt_llm.kernels.tactics.weight_only import stream
 
 HOPPER = GPUTarget("cuda", 90, 32)
 POINTERS = {
@@ -176,11 +176,13 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def multiply_int4(x: torch.Tensor, dtype: str) -> None:
-    """The gated MLP, with groups of 128 and zero points: 16 blocks of 64 words a row."""
+    """The gated MLP, with groups of 128 and zero points: 16 blocks of 64 words a row. One token is for a stream."""
     groups, rows = 4096 // 128, 2 * 11008
     scale, zero = empty(groups, rows, dtype=torch.float16), empty(groups, rows, dtype=torch.int16)
     words = empty(rows, 16 * 64, dtype=torch.int16)
-    weight_only_gated_mlp(x, words, scale, zero, bits=4, has_zero=True, dtype=dtype)
+    shape = MatmulShape("weight_only_gated_mlp", rows, 4096, x.dtype, 4, groups, has_zero=True)
+    tactics = Tactics({(shape, 1): stream(shape)})
+    weight_only_gated_mlp_by(tactics, x, words, scale, zero, bits=4, has_zero=True, dtype=dtype)
 
 
 def multiply_int8(x: torch.Tensor, dtype: str) -> None:
@@ -256,9 +258,8 @@ def compile_quantized(cases: dict[str, Any]) -> None:
             with recording() as cases[case]:
                 call()
     with recording() as cases["resident_float16"]:
-        words, scale = empty(4096, 16 * 64, dtype=torch.int16), empty(32, 4096, dtype=torch.float16)
-        x, attributes = empty(1, 4096, dtype=half), dict(bits=4, has_zero=False, dtype="float16")
-        weight_only_quant_matmul(x, words, scale, None, None, **attributes)
+        words, x = empty(4096, 32 * 64, dtype=torch.int16), empty(1, 4096, dtype=half)
+        weight_only_quant_matmul(x, words, empty(1, 4096), None, None, bits=8, has_zero=False, dtype="float16")
     for tokens in (1, 16, 512):
         with recording() as cases[f"w8a8_{tokens}_float16"]:
             multiply_integers(tokens, "float16")
