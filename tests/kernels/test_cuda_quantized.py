@@ -370,7 +370,7 @@ def test_a_resident_weight_is_multiplied_exactly(
         (4, 64, 16, 448),  # fewer blocks than pieces, the last one not whole
         (4, 192, 80, 1920),
         (4, 512, 336, 2560),
-        (4, 0, 1232, 1001),
+        (4, 0, 1232, 1002),
         (8, 128, 400, 896),
         (8, 0, 4224, 4096),
     ],
