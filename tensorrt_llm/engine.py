@@ -273,10 +273,8 @@ class Engine:
     def from_dir(cls, engine_dir: Path | str, rank: int = 0, *, check_weights: bool = True) -> "Engine":
         """The engine of `rank` in a folder that build.py wrote, checked as `load` does."""
         engine_dir = Path(engine_dir)
-        builder_config = _read_config_json(engine_dir / "config.json")
-        tp, pp = builder_config["tensor_parallel"], builder_config["pipeline_parallel"]
-        middle = f"tp{tp}_pp{pp}" if pp > 1 else f"tp{tp}"
-        path = engine_dir / f"{builder_config['name']}_{builder_config['precision']}_{middle}_rank{rank}.engine"
+        builder_config = read_builder_config(engine_dir)
+        path = engine_path(engine_dir, rank)
         engine = cls.load(path, check_weights=check_weights)
         written = engine.config.to_config_json()["builder_config"]
         for key, value in written.items():
@@ -321,8 +319,17 @@ def _bytes_of(tensor: torch.Tensor, spec: TensorSpec) -> memoryview:
     return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
-def _read_config_json(path: Path) -> dict[str, Any]:
+def engine_path(engine_dir: Path, rank: int) -> Path:
+    """The engine file of `rank` in a folder, by what its config.json says."""
+    builder_config = read_builder_config(engine_dir)
+    tp, pp = builder_config["tensor_parallel"], builder_config["pipeline_parallel"]
+    middle = f"tp{tp}_pp{pp}" if pp > 1 else f"tp{tp}"
+    return engine_dir / f"{builder_config['name']}_{builder_config['precision']}_{middle}_rank{rank}.engine"
+
+
+def read_builder_config(engine_dir: Path) -> dict[str, Any]:
     """The builder_config of an engine folder, with the keys that lead to its files."""
+    path = engine_dir / "config.json"
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -66,7 +66,19 @@ ALLOWED = {
     "engine": {"disk", "dtype", "limits", "plan", "quantization.mode", "verdict", "weight_file"},
     "builder": {"engine", "limits", "mapping", "network", "parameter", "passes", "quantization.mode"},
     "kernels": {"dtype", "quantization.quantize"},
-    "runtime": {"dtype", "engine", "kernels", "limits", "plan", "timings", "tokenizer", "verdict", "weight_file"},
+    "tensorrt_backend": {"dtype", "engine", "kernels", "plan"},
+    "runtime": {
+        "dtype",
+        "engine",
+        "kernels",
+        "limits",
+        "plan",
+        "tensorrt_backend",
+        "timings",
+        "tokenizer",
+        "verdict",
+        "weight_file",
+    },
 }
 # Imports inside a function, made for a reason that the function states.
 LATE = {

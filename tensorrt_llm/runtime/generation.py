@@ -30,6 +30,7 @@ from .request import FinishReason, Request, Sampling, SamplingConfig, check_prom
 from .sampling import BROKEN, Sampled, Sampler, no_next_token
 from .scheduler import Scheduler
 from .session import Session
+from .tensorrt_session import TensorRtSession
 from .transfers import upload
 
 
@@ -65,7 +66,7 @@ class _Setup(NamedTuple):
 
 
 class GenerationSession:
-    def __init__(self, session: Session, tokenizer: Tokenizer | None = None) -> None:
+    def __init__(self, session: Session | TensorRtSession, tokenizer: Tokenizer | None = None) -> None:
         """`tokenizer` is needed for text only: stop strings, `stream_text`, and "texts" of decode."""
         self.session = session
         self.tokenizer = tokenizer

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from ..dtype import torch_dtype
-from ..engine import Engine, EngineConfig
+from ..engine import EngineConfig
 from ..tokenizer import Tokenizer
+from .engine_folder import open_engine, open_session
 from .generation import GenerationSession, Prompt
 from .request import SamplingConfig
-from .session import Session
 
 
 class ModelRunner:
@@ -32,8 +32,8 @@ class ModelRunner:
         kv_cache_tokens: int | None = None,
     ) -> "ModelRunner":
         """Load the engine in `engine_dir`, on CUDA if there is one. Stop strings and text need a tokenizer."""
-        engine = Engine.from_dir(engine_dir, rank, check_weights=False)  # the session does
-        return cls(GenerationSession(Session(engine, device, kv_cache_tokens=kv_cache_tokens), tokenizer))
+        engine = open_engine(engine_dir, rank, check_weights=False)  # the session does
+        return cls(GenerationSession(open_session(engine, device, kv_cache_tokens=kv_cache_tokens), tokenizer))
 
     def generate(
         self,
