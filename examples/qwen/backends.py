@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import torch
 from step_bytes import StepBytes, step_bytes_of_engine, step_bytes_of_hf
 
-from tensorrt_llm import Engine
-from tensorrt_llm.runtime import GenerationSession, Request, SamplingConfig, Session
+from tensorrt_llm.runtime import GenerationSession, Request, SamplingConfig
+from tensorrt_llm.runtime.engine_folder import AnyEngine, open_session
 from tensorrt_llm.runtime.request import Sampling
 
 # The names of the flag --data_type.
@@ -47,9 +47,9 @@ class Backend(Protocol):
 class EngineBackend:
     kind = "trt_llm"
 
-    def __init__(self, engine: Engine, name: str, device: torch.device, *, reference: bool = False) -> None:
-        """With `reference` the engine is interpreted in float32."""
-        session = Session(engine, device, reference=reference)
+    def __init__(self, engine: AnyEngine, name: str, device: torch.device, *, reference: bool = False) -> None:
+        """With `reference` the engine, one of ours, is interpreted in float32."""
+        session = open_session(engine, device, reference=reference)
         self.name = name
         self.device = device
         self.vocab_size = engine.config.vocab_size

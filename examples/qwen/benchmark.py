@@ -54,8 +54,8 @@ from command_line import run_script  # noqa: E402
 from process_age import seconds_since_process_start  # noqa: E402
 from summary.engine_folders import EngineFolder, find_engines  # noqa: E402
 
-from tensorrt_llm import Engine  # noqa: E402
 from tensorrt_llm.models import QWenConfig  # noqa: E402
+from tensorrt_llm.runtime.engine_folder import open_engine  # noqa: E402
 from tensorrt_llm.runtime.session import pick_device  # noqa: E402
 from tensorrt_llm.tokenizer import load_tokenizer  # noqa: E402
 
@@ -109,7 +109,7 @@ def plan_measurement(args: BenchmarkArgs, device: torch.device) -> list[Candidat
         check_engine(engine, args, workloads)
     found = [
         Candidate(
-            open=partial(open_engine, engine, device),
+            open=partial(open_backend, engine, device),
             cases=cases(workloads, args.trt_max_batch_size or [engine.config.limits.max_batch_size]),
             repeats=args.repeats,
         )
@@ -185,8 +185,8 @@ def check_engine(engine: EngineFolder, args: BenchmarkArgs, workloads: Sequence[
             raise ValueError(f"{name} is {found}, expected at most {most} as {engine.path} was built")
 
 
-def open_engine(engine: EngineFolder, device: torch.device) -> Backend:
-    return EngineBackend(Engine.from_dir(engine.path, check_weights=False), f"trt_llm {engine.name}", device)
+def open_backend(engine: EngineFolder, device: torch.device) -> Backend:
+    return EngineBackend(open_engine(engine.path, check_weights=False), f"trt_llm {engine.name}", device)
 
 
 def measure_candidate(candidate: Candidate, warm_up: int, planning_seconds: float | None) -> list[Figures]:

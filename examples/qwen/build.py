@@ -8,6 +8,10 @@ whatever the model's size. No GPU is needed, and the engine runs on CUDA and on 
     python build.py --tune --output_dir engines/7b
 
 times on this machine's GPU how the engine in that folder multiplies best; with a checkpoint, right after the build.
+
+    python build.py --hf_model_dir Qwen-7B-Chat --output_dir engines/7b-trt --backend tensorrt
+
+lets NVIDIA's TensorRT 11 compile the same network for the GPU of this machine (docs/tensorrt.md).
 """
 
 import multiprocessing
@@ -28,8 +32,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from command_line import ArgumentError, run_script  # noqa: E402
 from compiling.accuracy import Examination, accuracy_text, gate_for  # noqa: E402
-from compiling.args import BuildArgs  # noqa: E402
+from compiling.args import TENSORRT, BuildArgs  # noqa: E402
 from compiling.estimate import Estimate  # noqa: E402
+from compiling.tensorrt_plans import (  # noqa: E402
+    check_engines,
+    check_tensorrt_flags,
+    save_plans,
+    tensorrt_for_building,
+)
 from compiling.weight_source import WeightSource  # noqa: E402
 from host_memory import peak_host_bytes  # noqa: E402
 from staging import publish, staging_dir  # noqa: E402
@@ -47,6 +57,10 @@ def main(args: BuildArgs) -> None:
     started = time.monotonic()
     if args.max_beam_width != 1:
         raise ValueError(f"--max_beam_width is {args.max_beam_width}, expected 1: beam search is not supported yet")
+    trt = None
+    if args.backend == TENSORRT:
+        check_tensorrt_flags(args)
+        trt = tensorrt_for_building()
     if args.tune:
         check_tunable(args)
     if args.tune and args.hf_model_dir is None:
@@ -55,6 +69,8 @@ def main(args: BuildArgs) -> None:
     args.mapping(rank=0)  # refuses sizes that do not add up, before anything is made for each rank
     source = WeightSource.open(args)
     engines = [source.engine(rank) for rank in range(args.world_size)]
+    if trt:
+        check_engines(engines)
     estimate = Estimate.of(engines[0], source)
     if args.dry_run:
         print(estimate)
@@ -64,18 +80,16 @@ def main(args: BuildArgs) -> None:
         verdict = judge(source)
         for engine in engines:
             engine.config = replace(engine.config, verdict=verdict)
-        if args.parallel_build and args.world_size > 1:
-            build_in_parallel(args, verdict, staging)
+        if trt:
+            save_plans(engines, trt, staging)
         else:
-            for engine in engines:
-                save_engine(engine, staging)
-        Builder.save_config(engines[0].config, staging / "config.json")
+            save_engines(engines, args, verdict, staging)
         if args.visualize:
             write_networks(engines, staging)
         # Timings of the engine that was there before, which may have had other shapes.
         (args.output_dir / TIMINGS_FILE).unlink(missing_ok=True)
         publish(staging, args.output_dir)
-    print_summary(args.output_dir, engines, time.monotonic() - started)
+    print_summary(args.output_dir, args.backend, engines, time.monotonic() - started)
     if args.tune:
         tune_engine(args)
 
@@ -99,6 +113,16 @@ def judge(source: WeightSource) -> Verdict | None:
     unquantized, reference_name = source.unquantized_engine()
     examination = Examination(text, gate, pick_device(args.device), args.allow_accuracy_loss)
     return examination.judge(source.whole_engine(), unquantized, reference_name)
+
+
+def save_engines(engines: list[Engine], args: BuildArgs, verdict: Verdict | None, folder: Path) -> None:
+    """The engine files of all ranks, and config.json."""
+    if args.parallel_build and args.world_size > 1:
+        build_in_parallel(args, verdict, folder)
+    else:
+        for engine in engines:
+            save_engine(engine, folder)
+    Builder.save_config(engines[0].config, folder / "config.json")
 
 
 def save_engine(engine: Engine, folder: Path) -> None:
@@ -183,8 +207,10 @@ def write_networks(engines: list[Engine], folder: Path) -> None:
         (folder / f"network_rank{engine.config.rank}.txt").write_text(f"{engine.plan}\n")
 
 
-def print_summary(output_dir: Path, engines: list[Engine], seconds: float) -> None:
-    size = sum((output_dir / engine.config.engine_name).stat().st_size for engine in engines)
+def print_summary(output_dir: Path, backend: str, engines: list[Engine], seconds: float) -> None:
+    suffix = ".plan" if backend == TENSORRT else ".engine"
+    paths = [(output_dir / engine.config.engine_name).with_suffix(suffix) for engine in engines]
+    size = sum(path.stat().st_size for path in paths)
     peak = max(peak_host_bytes(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)
     verdict = engines[0].config.verdict
     if verdict is not None:

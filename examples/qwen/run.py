@@ -25,6 +25,7 @@ from token_files import READABLE, read_prompts, read_token_ids, write_csv, write
 from tensorrt_llm import Engine, EngineConfig  # noqa: E402
 from tensorrt_llm.inspect import accuracy_of, is_quantized  # noqa: E402
 from tensorrt_llm.runtime import ModelRunner, SamplingConfig  # noqa: E402
+from tensorrt_llm.runtime.engine_folder import open_engine  # noqa: E402
 from tensorrt_llm.runtime.layer_comparison import LayerComparison, compare_layers  # noqa: E402
 from tensorrt_llm.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
 
@@ -89,7 +90,9 @@ def main(args: RunArgs) -> None:
     args.check()
     tokenizer = load_tokenizer(args.tokenizer_dir) if args.tokenizer_dir else None
     if args.debug_mode:
-        engine = Engine.from_dir(args.engine_dir)
+        engine = open_engine(args.engine_dir)
+        if not isinstance(engine, Engine):
+            raise ValueError("--debug_mode looks into our own engines, and this is a plan of TensorRT")
         print_accuracy(engine.config)
         print_layers(engine, read_inputs(args, tokenizer, engine.config.limits.max_input_len)[0], args.device)
         return

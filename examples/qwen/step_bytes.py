@@ -7,7 +7,7 @@ cached token; activations, which mostly stay in a cache, are not counted. Weight
 from dataclasses import dataclass
 from typing import Any
 
-from tensorrt_llm import Engine
+from tensorrt_llm.runtime.engine_folder import AnyEngine
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class StepBytes:
         return self.weights + batch_size * (self.per_sequence + context * self.per_cached_token)
 
 
-def step_bytes_of_engine(engine: Engine) -> StepBytes:
+def step_bytes_of_engine(engine: AnyEngine) -> StepBytes:
     weights = {spec.name: spec for spec in engine.plan.weights}
     read: set[str] = set()
     embedding_bytes = 0

@@ -33,9 +33,9 @@ from summary.rouge import new_scorer  # noqa: E402
 from summary.tasks import Task, make_tasks  # noqa: E402
 from texts.articles import BUNDLED_ARTICLES, Article, load_articles  # noqa: E402
 
-from tensorrt_llm import Engine  # noqa: E402
 from tensorrt_llm.models import QWenConfig  # noqa: E402
 from tensorrt_llm.runtime import SamplingConfig  # noqa: E402
+from tensorrt_llm.runtime.engine_folder import open_engine  # noqa: E402
 from tensorrt_llm.runtime.session import pick_device  # noqa: E402
 from tensorrt_llm.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
 
@@ -167,7 +167,7 @@ def main(args: SummarizeArgs) -> None:
     if args.runs_hf:
         warn_beyond_trained_length(args, tasks)
         hf_run = take_exam(exam, partial(HfBackend, args.hf_folder, args.data_type, device), keeps=args.runs_engines)
-    engine_runs = [take_exam(exam, partial(open_engine, engine, device), beside=hf_run) for engine in engines]
+    engine_runs = [take_exam(exam, partial(open_backend, engine, device), beside=hf_run) for engine in engines]
     runs = [hf_run, *engine_runs] if hf_run else engine_runs
     figures = [Figures.of(run, hf_run) for run in runs]
 
@@ -187,8 +187,8 @@ def main(args: SummarizeArgs) -> None:
         check_accuracy(args, figures)
 
 
-def open_engine(engine: EngineFolder, device: torch.device) -> Backend:
-    return EngineBackend(Engine.from_dir(engine.path, check_weights=False), engine.name, device)
+def open_backend(engine: EngineFolder, device: torch.device) -> Backend:
+    return EngineBackend(open_engine(engine.path, check_weights=False), engine.name, device)
 
 
 def check_accuracy(args: SummarizeArgs, figures: Sequence[Figures]) -> None:

@@ -115,7 +115,8 @@ def _load_rounded(path: str, module: WeightOnlyMatmul, shares: dict[str, Share],
 def _quantize(name: str, module: WeightOnlyMatmul, share: Share, checkpoint: HfCheckpoint) -> QuantizedWeight:
     """This rank's part of the quantized weight, equal to that part of the whole: rows are quantized at full length."""
     weight = cast_finite(share.whole_rows().read(checkpoint), module.dtype, name)
-    return _columns_of_rank(quantize_weight(weight, module.bits, module.whole_group_size), share)
+    quantized = quantize_weight(weight, module.bits, module.whole_group_size, positive_scales=module.positive_scales)
+    return _columns_of_rank(quantized, share)
 
 
 def _columns_of_rank(weight: QuantizedWeight, share: Share) -> QuantizedWeight:

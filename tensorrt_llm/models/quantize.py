@@ -27,14 +27,16 @@ def quantize_model(
     zero: bool = False,
     pre_quant_scale: bool = False,
     act_order: bool = False,
+    positive_scales: bool = False,
     exclude_modules: Iterable[str] = ("lm_head",),
     quantize_lm_head: bool = False,
 ) -> Any:
     """Replace the layers of `model` as `quant_mode` says, in place; the model itself comes back.
 
-    group_size, zero, pre_quant_scale and act_order describe weight-only groups (see quantization/layers.py). Modules
-    whose last name is in `exclude_modules` keep their weights. With `quantize_lm_head` the output layer becomes
-    weight-only INT8 per channel, whatever the mode of the layers. A group size that does not divide is a ValueError.
+    group_size, zero, pre_quant_scale, act_order and positive_scales describe weight-only groups (see
+    quantization/layers.py). Modules whose last name is in `exclude_modules` keep their weights. With `quantize_lm_head`
+    the output layer becomes weight-only INT8 per channel, whatever the mode of the layers. A group size that does not
+    divide is a ValueError.
     """
     excluded = set(exclude_modules)
     if quant_mode.has_act_and_weight_quant():
@@ -46,6 +48,7 @@ def quantize_model(
             zero=zero,
             pre_quant_scale=pre_quant_scale,
             act_order=act_order,
+            positive_scales=positive_scales,
         )
         for path, linear in _linears(model):
             if path.rpartition(".")[2] not in excluded:

@@ -31,13 +31,17 @@ Quantized = tuple[Tensor, Tensor]  # int8 activations, and the scale of each tok
 
 @dataclass(frozen=True)
 class WeightOnlyLayout:
-    """How a weight-only layer stores its weight; group_size 0 is one scale per output channel."""
+    """How a weight-only layer stores its weight; group_size 0 is one scale per output channel.
+
+    `positive_scales` is about rounding: scales of both signs use the grid better, and not every backend takes them.
+    """
 
     bits: int
     group_size: int = 0
     zero: bool = False
     pre_quant_scale: bool = False
     act_order: bool = False
+    positive_scales: bool = False
 
 
 # Smaller groups would hold more scale than weight, and kernels work in steps of this many columns.
@@ -63,6 +67,7 @@ class WeightOnlyMatmul(Module):
         groups = columns // _group_size_of_rank(linear, group_size) if group_size else 1
         self.bits = bits
         self.whole_group_size = group_size
+        self.positive_scales = layout.positive_scales
         self.dtype = linear.weight.dtype
         self.weight = Parameter((rows, columns * bits // 8), "int8" if bits == 8 else "uint8")
         self.scale = Parameter((rows, groups), "float32")

@@ -111,11 +111,13 @@ def dequantize(weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | N
     return (groups * scale[..., None]).flatten(1)
 
 
-def quantize_weight(weight: torch.Tensor, bits: int, group_size: int = 0, clip: str | None = None) -> QuantizedWeight:
+def quantize_weight(
+    weight: torch.Tensor, bits: int, group_size: int = 0, clip: str | None = None, *, positive_scales: bool = False
+) -> QuantizedWeight:
     """Round `weight` [n, k] of any floating dtype to symmetric steps; group_size 0 is one group per row.
 
     `clip` chooses the scale of each group: "amax" maps the largest magnitude to the largest integer; "search" tries
-    smaller scales too. By default int4 searches and int8 does not.
+    smaller scales too, of both signs unless `positive_scales`. By default int4 searches and int8 does not.
     """
     rows, columns = weight.shape
     group_size = group_size or columns
@@ -129,7 +131,8 @@ def quantize_weight(weight: torch.Tensor, bits: int, group_size: int = 0, clip: 
     scales, integers = [], []
     for part in weight.split(rows_at_once):
         groups = part.float().unflatten(1, (-1, group_size))
-        scale = _searched_scale(groups, bits) if clip == "search" else _scale_of(groups, bits)
+        signs = (1,) if positive_scales else (1, -1)
+        scale = _searched_scale(groups, bits, signs) if clip == "search" else _scale_of(groups, bits)
         q = _round(groups, scale, bits).to(torch.int8).flatten(1)
         integers.append(pack_int4(q) if bits == 4 else q)
         scales.append(scale)
@@ -156,8 +159,8 @@ def _round(groups: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor
     return (groups / scale[..., None]).round().clamp(-_largest(bits) - 1, _largest(bits))
 
 
-def _searched_scale(groups: torch.Tensor, bits: int) -> torch.Tensor:
-    """The scale of least error among shares of amax / (largest + 1), in both signs.
+def _searched_scale(groups: torch.Tensor, bits: int, signs: tuple[int, ...]) -> torch.Tensor:
+    """The scale of least error among shares of amax / (largest + 1), in these signs.
 
     The grid has one step more below zero than above: a negative scale turns it around, so that the largest magnitude
     of either sign can take the extra step.
@@ -166,7 +169,7 @@ def _searched_scale(groups: torch.Tensor, bits: int) -> torch.Tensor:
     best_scale = _scale_of(groups, bits)
     best_error = _error(groups, best_scale, bits)
     for ratio in _CLIP_RATIOS:
-        for sign in (1, -1):
+        for sign in signs:
             scale = _storable(whole * (ratio * sign), groups.shape[1] > 1)
             error = _error(groups, scale, bits)
             is_better = error < best_error

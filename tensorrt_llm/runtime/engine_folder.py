@@ -21,11 +21,17 @@ def open_engine(engine_dir: Path | str, rank: int = 0, *, check_weights: bool = 
 
 
 def open_session(
-    engine: AnyEngine, device: torch.device | str | None = None, *, kv_cache_tokens: int | None = None
+    engine: AnyEngine,
+    device: torch.device | str | None = None,
+    *,
+    kv_cache_tokens: int | None = None,
+    reference: bool = False,
 ) -> Session | TensorRtSession:
     """A session for `engine`; a ValueError where this machine lacks what its backend needs."""
     if isinstance(engine, Engine):
-        return Session(engine, device, kv_cache_tokens=kv_cache_tokens)
+        return Session(engine, device, kv_cache_tokens=kv_cache_tokens, reference=reference)
+    if reference:
+        raise ValueError(f"{engine.path.name} is a TensorRT plan, which only TensorRT runs; build without --backend")
     trt = import_tensorrt()
     picked = device if isinstance(device, torch.device) else pick_device(device)
     if picked.type != "cuda":

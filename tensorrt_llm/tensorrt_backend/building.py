@@ -6,10 +6,11 @@ weights are in host memory while it does.
 
 import hashlib
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..engine import Engine
+from ..engine import Engine, EngineConfig
 from .lowering import lower
 from .plan_file import TensorRtEngine, save
 from .shapes import Shapes
@@ -35,7 +36,7 @@ def build_plan(engine: Engine, trt: Any, folder: Path) -> TensorRtEngine:
             f"TensorRT {trt.__version__} could not build {engine.config.engine_name}; its own log above says why"
         )
     built = TensorRtEngine(
-        config=engine.config,
+        config=_with_slots_as_blocks(engine.config),
         plan=engine.plan,
         shapes=shapes,
         tensorrt_version=str(trt.__version__),
@@ -44,6 +45,12 @@ def build_plan(engine: Engine, trt: Any, folder: Path) -> TensorRtEngine:
     )
     save(built, serialized)
     return built
+
+
+def _with_slots_as_blocks(config: EngineConfig) -> EngineConfig:
+    """A sequence's cache is one block to the scheduler, whose blocks are powers of two."""
+    limits = config.limits
+    return replace(config, limits=replace(limits, tokens_per_block=1 << (limits.max_seq_len - 1).bit_length()))
 
 
 def _builder_config(engine: Engine, shapes: Shapes, builder: Any, trt: Any) -> Any:

@@ -81,7 +81,7 @@ class TensorRtEngine:
 
 
 def save(engine: TensorRtEngine, plan_buffer: Any) -> None:
-    """Write both files of a rank, each whole or not at all; `plan_buffer` is what TensorRT built, where it lies."""
+    """Write the files of a rank and config.json, the same for all; `plan_buffer` is what TensorRT built."""
     description = {
         "format": _FORMAT,
         "format_version": _FORMAT_VERSION,
@@ -90,8 +90,13 @@ def save(engine: TensorRtEngine, plan_buffer: Any) -> None:
         "plan_sha256": engine.plan_sha256,
         "engine": {"config": asdict(engine.config), "plan": engine.plan.to_dict()},
     }
-    text = json.dumps(description).encode()
-    for path, data in ((engine.path, plan_buffer), (engine.path.with_suffix(".json"), text)):
+    config_text = json.dumps(engine.config_json(), indent=2, sort_keys=True) + "\n"
+    files = (
+        (engine.path, plan_buffer),
+        (engine.path.with_suffix(".json"), json.dumps(description).encode()),
+        (engine.path.with_name("config.json"), config_text.encode()),
+    )
+    for path, data in files:
         partial = path.with_name(f".{path.name}.partial")
         partial.write_bytes(data)
         partial.replace(path)

@@ -99,7 +99,9 @@ def test_half_an_engine_is_none(engine: Engine, tmp_path: Path, missing: str) ->
     write_engine(engine, tmp_path)
     for file in tmp_path.glob(missing):
         file.unlink()
-    with pytest.raises(ValueError, match="found no engine in it or below, expected config.json beside an .engine file"):
+    with pytest.raises(
+        ValueError, match="found no engine in it or below, expected config.json beside an .engine or .plan"
+    ):
         find_engines([tmp_path])
 
 

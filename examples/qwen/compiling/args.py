@@ -11,6 +11,7 @@ from tensorrt_llm.dtype import PRECISIONS as DTYPES
 # Values of --weight_only_precision that take a quantized checkpoint; the others round a float one.
 FROM_CHECKPOINT = ("int4_gptq", "int8_gptq", "int4_awq")
 _ALWAYS_ON = "accepted: always on"
+EMBEDDED, TENSORRT = "embedded", "tensorrt"
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,12 @@ class BuildArgs:
         False,
         help="on a GPU, time the ways to multiply and keep the best in the engine, for GPUs of that name; without "
         "hf_model_dir, of the engine that is in output_dir",
+    )
+    backend: str = flag(
+        EMBEDDED,
+        help="what runs the engine: our kernels, on CUDA and the CPU, or NVIDIA's TensorRT 11 on this machine's GPU "
+        "(pip install 'tensorrt_llm[tensorrt]'; see docs/tensorrt.md)",
+        choices=(EMBEDDED, TENSORRT),
     )
     dtype: str = flag("float16", help="dtype of weights, activations and KV cache", choices=DTYPES)
     max_batch_size: int = flag(8, help="sequences that run at the same time; more wait in a queue")

@@ -12,7 +12,7 @@ from tensorrt_llm.models import quantize_model
 from tensorrt_llm.quantization import QuantMode
 from tensorrt_llm.quantization.layers import WeightOnlyLayout
 
-from .args import FROM_CHECKPOINT, BuildArgs
+from .args import FROM_CHECKPOINT, TENSORRT, BuildArgs
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class QuantScheme:
             zero=layout.zero,
             pre_quant_scale=layout.pre_quant_scale,
             act_order=layout.act_order,
+            positive_scales=layout.positive_scales,
             exclude_modules=() if self.lm_head_has_layout else ("lm_head",),
             quantize_lm_head=self.quantizes_lm_head,
         )
@@ -110,7 +111,8 @@ def scheme_of(flags: BuildArgs, checkpoint: QuantizedCheckpoint | None = None) -
         )
     elif flags.use_weight_only:
         bits = 8 if flags.weight_only_precision in (None, "int8") else 4
-        layout = _dummy_layout(flags) or WeightOnlyLayout(bits, (flags.group_size or 128) if flags.per_group else 0)
+        group_size = (flags.group_size or 128) if flags.per_group else 0
+        layout = _dummy_layout(flags) or WeightOnlyLayout(bits, group_size, positive_scales=flags.backend == TENSORRT)
         mode, algo = _weight_only(layout), f"W{bits}A16"
     else:
         layout, mode, algo = None, QuantMode(0), "W8A16_LM_HEAD" if flags.quantize_lm_head else ""

@@ -18,7 +18,7 @@ from tensorrt_llm.dtype import itemsize
 from tensorrt_llm.models import QWenConfig, QWenForCausalLM
 from tensorrt_llm.runtime.session import pick_device
 
-from .args import BuildArgs
+from .args import TENSORRT, BuildArgs
 from .compile_model import compile_model
 from .quant_scheme import QuantScheme, check_flags, reads_quantized_checkpoint, scheme_of
 
@@ -47,8 +47,8 @@ class WeightSource:
         return cls(args, config, scheme_of(args, checkpoint), checkpoint, ft)
 
     def engine(self, rank: int) -> Engine:
-        """The engine of one rank, its weights still in their files."""
-        return self._quantized_engine(self.args.mapping(rank))
+        """The engine of one rank, its weights still in their files; unfused for TensorRT, which fuses by itself."""
+        return self._quantized_engine(self.args.mapping(rank), fuse=self.args.backend != TENSORRT)
 
     def whole_engine(self) -> Engine:
         """The quantized engine that one rank alone would run: equal to all ranks together."""
@@ -90,7 +90,7 @@ class WeightSource:
         """The text that the weights were calibrated on, if it came with them."""
         return self.ft.calibration_ids if self.ft else None
 
-    def _quantized_engine(self, mapping: Mapping) -> Engine:
+    def _quantized_engine(self, mapping: Mapping, *, fuse: bool = True) -> Engine:
         model = QWenForCausalLM(self.config, self.args.dtype, mapping)
         self.scheme.apply(model)
         if self.args.dummy_weights:
@@ -101,4 +101,6 @@ class WeightSource:
             load_from_ft(model, self.ft, self.config, mapping)
         else:
             load_from_hf_qwen(model, self.args.checkpoint_dir, self.config, mapping)
-        return compile_model(model, self.args.limits(), self.scheme.algo, batch_invariant=self.args.batch_invariant)
+        return compile_model(
+            model, self.args.limits(), self.scheme.algo, batch_invariant=self.args.batch_invariant, fuse=fuse
+        )

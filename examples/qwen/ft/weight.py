@@ -106,7 +106,9 @@ class _RankWeights:
         splits_columns = member_of(path) in ROW
         weight = self.folder.read(path, file) if splits_columns else self._read(path, file)
         weight = cast_finite(weight, module.dtype, f"{path}.weight")
-        quantized = quantize_weight(weight, module.bits, module.whole_group_size)
+        quantized = quantize_weight(
+            weight, module.bits, module.whole_group_size, positive_scales=module.positive_scales
+        )
         if not splits_columns:
             return quantized
         count = weight.shape[1] // self.mapping.tp_size

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tensorrt_llm import Engine, EngineConfig
 from tensorrt_llm.inspect import group_sizes
+from tensorrt_llm.runtime.engine_folder import AnyEngine, open_engine
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ def find_engines(folders: Sequence[Path]) -> list[EngineFolder]:
     Each is opened, so that a damaged one is found before others have worked for hours, and let go of again.
     """
     paths = list(dict.fromkeys(path for folder in folders for path in _expand(folder)))
-    engines = [Engine.from_dir(path) for path in paths]
+    engines = [open_engine(path) for path in paths]
     names = _unique([_what_it_is(engine) for engine in engines], paths)
     return [EngineFolder(*facts) for facts in zip(paths, names, (engine.config for engine in engines), strict=True)]
 
@@ -34,20 +35,25 @@ def _expand(folder: Path) -> list[Path]:
     found = sorted(file.parent for file in folder.rglob("config.json") if _is_engine(file.parent))
     if not found:
         raise ValueError(
-            f"--engine_dir {folder}: found no engine in it or below, expected config.json beside an .engine file, as "
-            f"build.py writes them"
+            f"--engine_dir {folder}: found no engine in it or below, expected config.json beside an .engine or "
+            f".plan file, as build.py writes them"
         )
     return found
 
 
 def _is_engine(folder: Path) -> bool:
-    return (folder / "config.json").is_file() and any(folder.glob("*.engine"))
+    return (folder / "config.json").is_file() and any((*folder.glob("*.engine"), *folder.glob("*.plan")))
 
 
-def _what_it_is(engine: Engine) -> str:
+def _what_it_is(engine: AnyEngine) -> str:
     """As "float16 W4A16 g128, INT8 KV"."""
     config = engine.config
-    words = [config.precision, config.quant_algo, *(f"g{size}" for size in group_sizes(engine.plan))]
+    words = [
+        "" if isinstance(engine, Engine) else "TensorRT",
+        config.precision,
+        config.quant_algo,
+        *(f"g{size}" for size in group_sizes(engine.plan)),
+    ]
     return " ".join(filter(None, words)) + (", INT8 KV" if config.kv_dtype == "int8" else "")
 
 
