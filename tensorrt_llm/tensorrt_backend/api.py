@@ -15,7 +15,9 @@ def import_tensorrt() -> Any:
         raise ValueError(f"the TensorRT backend needs NVIDIA's tensorrt>={OLDEST_MAJOR}; {_INSTALL}") from error
     except (ImportError, OSError) as error:
         raise ValueError(f"NVIDIA's tensorrt is installed but cannot be loaded ({error}); {_INSTALL}") from error
-    version = str(tensorrt.__version__)
-    if not version.partition(".")[0].isdigit() or int(version.partition(".")[0]) < OLDEST_MAJOR:
-        raise ValueError(f"tensorrt is {version}, the TensorRT backend needs >={OLDEST_MAJOR}; {_INSTALL}")
+    # A folder of that name on the path would be imported too, and has no version.
+    version = getattr(tensorrt, "__version__", "of no version")
+    major = version.partition(".")[0]
+    if not major.isdigit() or int(major) < OLDEST_MAJOR:
+        raise ValueError(f"tensorrt is {version}, the TensorRT backend needs NVIDIA's >={OLDEST_MAJOR}; {_INSTALL}")
     return tensorrt

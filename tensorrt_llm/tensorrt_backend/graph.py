@@ -37,7 +37,7 @@ class Graph:
     def __init__(self, network: Any, trt: Any) -> None:
         self.network = network
         self.trt = trt
-        self._kept: list[torch.Tensor] = []
+        self.kept: list[torch.Tensor] = []
         self._constants: dict[tuple[str, tuple[int, ...]], Any] = {}
         self._path = ""
         self._names: Counter[str] = Counter()
@@ -96,7 +96,7 @@ class Graph:
         self, values: torch.Tensor, data_type: Any, count: int, what: str, shape: Sequence[int] | None
     ) -> Any:
         values = values.detach().cpu().contiguous()
-        self._kept.append(values)
+        self.kept.append(values)
         weights = self.trt.Weights(data_type, values.data_ptr(), count)
         return self.add(self.network.add_constant(tuple(values.shape if shape is None else shape), weights), what)
 

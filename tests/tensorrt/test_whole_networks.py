@@ -1,0 +1,154 @@
+"""Networks of every supported mode, lowered through the strict fake and executed by the interpreter of its layers.
+
+The logits of a prefill of three lengths and of 16 decodes, caches carried over, are those of the reference kernels in
+the same dtype. What differs is where a few values are rounded (lowering.py): float32 knows no such difference.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import write_qwen1_checkpoint, write_qwen2_checkpoint
+from compiling.compile_model import compile_model
+from fake_tensorrt import make_tensorrt
+from interpreter import interpret
+from lowered_networks import (
+    ARCHITECTURES,
+    LIMITS,
+    MODES,
+    engine_of,
+    lowered_logits,
+    reference_logits,
+    relative_error,
+    steps,
+)
+from weight import load_from_hf_qwen
+
+from tensorrt_llm import Engine, Mapping
+from tensorrt_llm.models import QWenConfig, QWenForCausalLM
+from tensorrt_llm.tensorrt_backend.building import build_plan
+from tensorrt_llm.tensorrt_backend.graph import Graph
+from tensorrt_llm.tensorrt_backend.lowering import lower
+from tensorrt_llm.tensorrt_backend.shapes import Shapes
+
+# Half a unit in the last place is 2^-11 of float16 and 2^-8 of bfloat16. A logit is the end of some ten roundings in
+# each of two layers, of which most add up as random errors do: four units hold them.
+TOLERANCES = {"float32": 1e-5, "float16": 8 * 2**-11, "bfloat16": 8 * 2**-8}
+
+
+def lowered(engine: Engine) -> tuple[Any, Graph]:
+    """The filled network, and what keeps its weights alive."""
+    trt = make_tensorrt()
+    network = trt.Builder(trt.Logger(trt.Logger.WARNING)).create_network(0)
+    return network, lower(engine.plan, engine.weights, network, trt, Shapes.of(engine.config).cache_length)
+
+
+def error_of(engine: Engine) -> float:
+    given = steps(engine.config.vocab_size)
+    network, graph = lowered(engine)
+    found = lowered_logits(engine, given, lambda feeds: interpret(network, feeds))
+    del graph
+    return relative_error(found, reference_logits(engine, given))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("architecture", ["qwen1", "qwen2-gqa"])
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_logits_are_those_of_the_reference(dtype: str, architecture: str, mode: str) -> None:
+    assert error_of(engine_of(architecture, dtype, mode)) <= TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES.keys() - {"qwen1", "qwen2-gqa"}))
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_logits_of_other_architectures_are_those_of_the_reference(dtype: str, architecture: str) -> None:
+    assert error_of(engine_of(architecture, dtype, "float")) <= TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("mode", sorted(MODES.keys() - {"float"}))
+def test_a_mode_changes_the_logits_by_more_than_its_tolerance(mode: str) -> None:
+    """The comparisons above mean something."""
+    given = steps(97)
+    plain, quantized = (reference_logits(engine_of("qwen1", "float32", each), given) for each in ("float", mode))
+    assert relative_error(quantized, plain) > 100 * TOLERANCES["float32"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_every_value_has_the_dtype_and_the_columns_that_our_network_says(dtype: str, mode: str) -> None:
+    engine = engine_of("qwen1", dtype, mode)
+    network, graph = lowered(engine)
+    tensors = {output.name: output for layer in network.layers for output in layer.outputs}
+    for node in engine.plan.nodes:
+        (spec,) = node.outputs
+        name = next((outside for outside, value in engine.plan.outputs.items() if value == spec.name), spec.name)
+        assert graph.dtype_of(tensors[name]) == spec.dtype
+        assert len(tensors[name].shape) == 2 and tensors[name].shape[1] == spec.shape[1], spec
+
+
+def test_names_of_layers_are_those_of_our_nodes() -> None:
+    engine = engine_of("qwen1", "float16", "float")
+    network, _ = lowered(engine)
+    names = [layer.name for layer in network.layers]
+    assert len(set(names)) == len(names)
+    ours = {node.outputs[0].name for node in engine.plan.nodes} | {spec.name for spec in engine.plan.weights}
+    assert ours <= {name.partition(":")[0] for name in names}
+
+
+def test_a_weight_is_read_once_and_not_copied() -> None:
+    engine = engine_of("qwen2-mha-tied", "float16", "float")
+    read: list[str] = []
+    held: list[torch.Tensor] = []
+
+    class Watched(dict[str, torch.Tensor]):
+        def __getitem__(self, name: str) -> torch.Tensor:
+            read.append(name)
+            held.append(engine.weights[name])
+            return held[-1]
+
+    trt = make_tensorrt()
+    network = trt.Builder(trt.Logger(trt.Logger.WARNING)).create_network(0)
+    graph = lower(engine.plan, Watched(), network, trt, 64)
+    assert sorted(read) == sorted(spec.name for spec in engine.plan.weights)
+    kept = {tensor.data_ptr() for tensor in graph.kept}
+    assert all(tensor.data_ptr() in kept for tensor in held)
+
+
+# Tensor parallel
+
+
+@pytest.mark.parametrize("generation", ["qwen1", "qwen2"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_two_ranks_give_the_logits_of_one(dtype: str, generation: str, tmp_path: Path) -> None:
+    shape: dict[str, Any] = {"hidden": 64, "heads": 4, "mlp_width": 96, "vocab": 97}  # odd, so lm_head is padded
+    if generation == "qwen1":
+        write_qwen1_checkpoint(tmp_path, seq_length=8, **shape)
+    else:
+        write_qwen2_checkpoint(tmp_path, num_kv_heads=2, **shape)
+    whole = rank_of(tmp_path, dtype, Mapping())
+    ranks = [rank_of(tmp_path, dtype, Mapping(world_size=2, tp_size=2, rank=rank)) for rank in range(2)]
+    given = steps(97)
+    found = logits_of_ranks(ranks, given)
+    assert relative_error([logits[:, :97] for logits in found], reference_logits(whole, given)) <= TOLERANCES[dtype]
+
+
+def rank_of(checkpoint: Path, dtype: str, mapping: Mapping) -> Engine:
+    config = QWenConfig.from_hf_dir(checkpoint)
+    model = QWenForCausalLM(config, dtype, mapping)
+    load_from_hf_qwen(model, checkpoint, config, mapping)
+    return compile_model(model, LIMITS, fuse=False)
+
+
+# Plans
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("architecture", ["qwen1", "qwen2-gqa"])
+def test_a_plan_is_built_with_two_profiles(architecture: str, mode: str, tmp_path: Path) -> None:
+    """The fake checks what can be checked of a finished network and its profiles."""
+    trt = make_tensorrt()
+    built = build_plan(engine_of(architecture, "float16", mode), trt, tmp_path)
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".json", ".plan"]
+    runtime = trt.Runtime(trt.Logger(trt.Logger.WARNING))
+    plan = runtime.deserialize_cuda_engine(built.read_plan())
+    assert plan.num_optimization_profiles == 2
