@@ -223,8 +223,8 @@ class _Context:
         return self._integers[self._starts[name] :][: self._sizes[name]]
 
     def fill(self, values: Mapping[str, Sequence[int]]) -> None:
-        """Copy the integers of a step there; a name that is no input of this engine is left out."""
-        host = staging(len(self._integers), torch.int32, self._integers.device)
+        """Copy the integers of a step there, zeros behind them; a name that is no input of this engine is left out."""
+        host = staging(len(self._integers), torch.int32, self._integers.device).zero_()
         for name, start in self._starts.items():
             host[start : start + len(values[name])] = torch.tensor(values[name], dtype=torch.int32)
         self._integers.copy_(host, non_blocking=True)

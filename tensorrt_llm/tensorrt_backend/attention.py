@@ -184,10 +184,11 @@ def gpt_attention(
     q = graph.cast(graph.elementwise(q, scale, "PROD", "scaled_q"), dtype)
     present_key = _update(graph, cache.past_key, graph.cast(k, dtype), positions, f"present_key_{cache.index}")
     present_value = _update(graph, cache.past_value, v, positions, f"present_value_{cache.index}")
+    mask = positions.mask()
     attention = network.add_attention_v2(
         q, present_key, present_value, trt.AttentionNormalizationOp.SOFTMAX, trt.CausalMaskKind.NONE
     )
-    attention.mask = positions.mask()
+    attention.mask = mask
     # Where no fused kernel fits, the builder may take the layer apart instead of failing.
     attention.decomposable = True
     context = graph.add(attention, "attention")  # [B, H, S, D]
@@ -203,9 +204,10 @@ def _split_heads(
     parts = []
     start = 0
     for what, count in (("q", num_heads), ("k", num_kv_heads), ("v", num_kv_heads)):
-        # The static sizes are those that a step does not decide; the tensor of sizes is what counts.
+        part_sizes = positions.head_sizes(count, head_size)
+        # The numbers are those that a step does not decide; the tensor of sizes is what counts.
         layer = graph.network.add_slice(heads, (0, start, 0, 0), (0, count, 0, head_size), (1, 1, 1, 1))
-        layer.set_input(2, positions.head_sizes(count, head_size))
+        layer.set_input(2, part_sizes)
         parts.append(graph.add(layer, what))
         start += count
     return parts

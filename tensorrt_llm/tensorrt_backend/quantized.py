@@ -66,7 +66,7 @@ def _int4_matrix(graph: Graph, weight: Weight, scale: Weight, dtype: str) -> Any
     packed = weight.load() ^ 0x88
     columns = 2 * packed.shape[1]
     scales = scale.load()
-    is_used = packed.unflatten(1, (scales.shape[1], -1)).any(dim=2)
+    is_used = (packed != 0).unflatten(1, (scales.shape[1], -1)).any(dim=2)
     scales = _scales_in(dtype, scales, is_used, scale.spec.name)
     if scales.shape[1] == 1:
         block = next((size for size in _BLOCKS if columns % size == 0), columns)

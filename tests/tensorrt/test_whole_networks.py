@@ -14,13 +14,14 @@ from compiling.compile_model import compile_model
 from fake_tensorrt import make_tensorrt
 from interpreter import interpret
 from lowered_networks import (
+    ACTIVATION_STEP,
     ARCHITECTURES,
     LIMITS,
     MODES,
     engine_of,
     lowered_logits,
     reference_logits,
-    relative_error,
+    relative_errors,
     steps,
 )
 from weight import load_from_hf_qwen
@@ -37,6 +38,17 @@ from tensorrt_llm.tensorrt_backend.shapes import Shapes
 TOLERANCES = {"float32": 1e-5, "float16": 8 * 2**-11, "bfloat16": 8 * 2**-8}
 
 
+def assert_close(errors: torch.Tensor, dtype: str, mode: str) -> None:
+    if mode != "smooth-quant":
+        assert errors.max() <= TOLERANCES[dtype]
+        return
+    # A sum in another order may carry an INT8 activation over to the next step: in float32 one of 100,000, whose row
+    # and those after it are then off by part of a step.
+    assert errors.max() <= TOLERANCES[dtype] + 2 * ACTIVATION_STEP
+    if dtype == "float32":
+        assert errors.median() <= TOLERANCES[dtype]
+
+
 def lowered(engine: Engine) -> tuple[Any, Graph]:
     """The filled network, and what keeps its weights alive."""
     trt = make_tensorrt()
@@ -44,25 +56,25 @@ def lowered(engine: Engine) -> tuple[Any, Graph]:
     return network, lower(engine.plan, engine.weights, network, trt, Shapes.of(engine.config).cache_length)
 
 
-def error_of(engine: Engine) -> float:
+def errors_of(engine: Engine) -> torch.Tensor:
     given = steps(engine.config.vocab_size)
     network, graph = lowered(engine)
     found = lowered_logits(engine, given, lambda feeds: interpret(network, feeds))
     del graph
-    return relative_error(found, reference_logits(engine, given))
+    return relative_errors(found, reference_logits(engine, given))
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("architecture", ["qwen1", "qwen2-gqa"])
 @pytest.mark.parametrize("dtype", TOLERANCES)
 def test_logits_are_those_of_the_reference(dtype: str, architecture: str, mode: str) -> None:
-    assert error_of(engine_of(architecture, dtype, mode)) <= TOLERANCES[dtype]
+    assert_close(errors_of(engine_of(architecture, dtype, mode)), dtype, mode)
 
 
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES.keys() - {"qwen1", "qwen2-gqa"}))
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_logits_of_other_architectures_are_those_of_the_reference(dtype: str, architecture: str) -> None:
-    assert error_of(engine_of(architecture, dtype, "float")) <= TOLERANCES[dtype]
+    assert_close(errors_of(engine_of(architecture, dtype, "float")), dtype, "float")
 
 
 @pytest.mark.parametrize("mode", sorted(MODES.keys() - {"float"}))
@@ -70,7 +82,7 @@ def test_a_mode_changes_the_logits_by_more_than_its_tolerance(mode: str) -> None
     """The comparisons above mean something."""
     given = steps(97)
     plain, quantized = (reference_logits(engine_of("qwen1", "float32", each), given) for each in ("float", mode))
-    assert relative_error(quantized, plain) > 100 * TOLERANCES["float32"]
+    assert relative_errors(quantized, plain).min() > 100 * TOLERANCES["float32"]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -120,16 +132,25 @@ def test_a_weight_is_read_once_and_not_copied() -> None:
 @pytest.mark.parametrize("generation", ["qwen1", "qwen2"])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_two_ranks_give_the_logits_of_one(dtype: str, generation: str, tmp_path: Path) -> None:
+    assert_close(ranks_errors(tmp_path, dtype, generation), dtype, "float")
+
+
+def ranks_errors(folder: Path, dtype: str, generation: str = "qwen1") -> torch.Tensor:
+    """Of two ranks together against one that has all."""
+    ranks = rank_engines(folder, dtype, generation)
+    given = steps(97)
+    found = [logits[:, :97] for logits in logits_of_ranks(ranks, given)]
+    return relative_errors(found, reference_logits(rank_of(folder, dtype, Mapping()), given))
+
+
+def rank_engines(folder: Path, dtype: str, generation: str = "qwen1") -> list[Engine]:
+    """The parts of a checkpoint that is written into `folder`."""
     shape: dict[str, Any] = {"hidden": 64, "heads": 4, "mlp_width": 96, "vocab": 97}  # odd, so lm_head is padded
     if generation == "qwen1":
-        write_qwen1_checkpoint(tmp_path, seq_length=8, **shape)
+        write_qwen1_checkpoint(folder, seq_length=8, **shape)
     else:
-        write_qwen2_checkpoint(tmp_path, num_kv_heads=2, **shape)
-    whole = rank_of(tmp_path, dtype, Mapping())
-    ranks = [rank_of(tmp_path, dtype, Mapping(world_size=2, tp_size=2, rank=rank)) for rank in range(2)]
-    given = steps(97)
-    found = logits_of_ranks(ranks, given)
-    assert relative_error([logits[:, :97] for logits in found], reference_logits(whole, given)) <= TOLERANCES[dtype]
+        write_qwen2_checkpoint(folder, num_kv_heads=2, **shape)
+    return [rank_of(folder, dtype, Mapping(world_size=2, tp_size=2, rank=rank)) for rank in range(2)]
 
 
 def rank_of(checkpoint: Path, dtype: str, mapping: Mapping) -> Engine:
