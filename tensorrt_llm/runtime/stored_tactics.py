@@ -38,7 +38,7 @@ def stored_tactics(engine: Engine, device: torch.device) -> Tactics:
     outdated = len(gpus[name].timings) - len(timed)
     if outdated:
         logger.warning(
-            "%s: %d of %d tactics are none that this version would take; heuristics choose there, tune again for better",
+            "%s: %d of %d tactics are none that this version would time; heuristics choose there, or tune again",
             engine.path.parent / FILE_NAME,
             outdated,
             len(gpus[name].timings),
