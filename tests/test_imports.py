@@ -87,6 +87,7 @@ LATE = {
     ("tensorrt_llm.kernels.cpu.native", "tensorrt_llm.kernels.cpu.native.table"),  # imports what may not be built
     ("tensorrt_llm.kernels", "tensorrt_llm.kernels.cuda"),  # imports triton
     ("tensorrt_llm.kernels", "tensorrt_llm.kernels.cuda.compiled"),  # imports triton
+    ("tensorrt_llm.kernels", "tensorrt_llm.kernels.cuda.greedy"),  # imports triton
 }
 # Each folder of the port and what else of the port it may import: folders, or modules beside them. Scripts are none.
 PORT_ALLOWED = {

@@ -4,8 +4,8 @@
 
 Runs from a bare checkout. Engines are compiled in memory, from random weights made on the GPU, by what build.py runs;
 requests, clocks and warm-up are those of benchmark.py. Decode tokens/s are medians of --repeats runs after one in full.
-A dataset is served once after a smaller one: its graphs are captured, but for those that only it needs. The last thing
-printed is a table; figures so far are in the output file at any time.
+A dataset is served once, after the first requests of the largest one: most of its graphs are captured by then, and the
+others count as time. The last thing printed is a table; figures so far are in the output file at any time.
 """
 
 import gc
@@ -56,14 +56,15 @@ DATASETS: dict[str, tuple[float, ...]] = {
 }
 VOCABULARY = 151936
 MOST_REQUESTS = 256  # at a time
+WARM_UP_REQUESTS = 400
 
 
 @dataclass(frozen=True)
 class SpeedArgs:
     output: Path = flag(help="JSON file for all figures")
     modes: list[str] = flag(list(MODES), help="what to measure; with _kv8 behind the name over an int8 KV cache")
-    datasets: list[str] = flag(list(DATASETS), help="datasets to serve, the smaller first")
-    shapes: bool = flag(True, help="measure batches of equal prompts")
+    datasets: list[str] = flag(list(DATASETS), help="datasets to serve")
+    only_datasets: bool = flag(False, help="leave out batches of equal prompts")
     repeats: int = flag(2, help="counted runs of a shape")
     num_layers: int = flag(32, help="of the model")
     time_limit: float = flag(520.0, help="seconds after which no mode is begun")
@@ -103,16 +104,17 @@ def main(args: SpeedArgs) -> None:
 
 def measure_mode(args: SpeedArgs, mode: str, shape_dir: Path, device: torch.device) -> Iterator[tuple[str, float]]:
     backend = open_backend(mode, shape_dir, device)
-    for shape in TARGETS if args.shapes else ():
+    for shape in () if args.only_datasets else TARGETS:
         found = measure(backend, equal_requests(shape, VOCABULARY, 0), shape.batch_size, Runs(1, args.repeats))
         assert found.decode_tokens_per_second is not None, "every shape asks for more than a token"
         yield row_name(shape), found.decode_tokens_per_second
         if shape.batch_size == 1:
             yield f"first token after {shape.input_len}, ms", 1e3 * (found.one_token_seconds or 0)
-    for index, name in enumerate(args.datasets):
-        workload = read_workload(name)
-        if index == 0:
-            backend.warm_up(workload.prompts, workload.output_lens, MOST_REQUESTS)
+    workloads = {name: read_workload(name) for name in args.datasets}
+    if workloads:
+        largest = max(workloads.values(), key=lambda workload: len(workload.prompts))
+        backend.warm_up(largest.prompts[:WARM_UP_REQUESTS], largest.output_lens[:WARM_UP_REQUESTS], MOST_REQUESTS)
+    for name, workload in workloads.items():
         yield f"{name}, requests/s", len(workload.prompts) / trace(backend, workload, MOST_REQUESTS).seconds
 
 

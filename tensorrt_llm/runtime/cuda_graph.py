@@ -29,6 +29,13 @@ class CudaGraphPool:
 
         The device goes on with what it was given: torch.cuda.graph would wait for it, and have it wait.
         """
+        try:
+            return self._capture(run)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()  # while it captures, torch gives back nothing of what it keeps for later
+            return self._capture(run)
+
+    def _capture(self, run: Callable[[], torch.Tensor]) -> Captured:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(self._stream):
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")

@@ -102,7 +102,7 @@ def _bind_node(
             operands = kernel.prepare(*operands, **attrs)
         except torch.OutOfMemoryError:
             raise
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"plan: weights do not fit in {node}: {error}") from error
     makes = tuple(spec.name for spec in node.outputs)
     return Call(kernel.run, reads, operands, makes, attrs, kernel.needs_step, releases)

@@ -1,6 +1,7 @@
 """Which matmuls an engine has, and the tactics that timings beside it hold for them on a GPU.
 
-An engine's folder may have been edited: what is stored for a matmul must be one of the op's own candidates.
+An engine's folder may have been edited, and other versions have other candidates: what is stored for a matmul is taken
+only if it is one of the op's own.
 """
 
 import logging
@@ -34,13 +35,21 @@ def stored_tactics(engine: Engine, device: torch.device) -> Tactics:
         path = engine.path.parent / FILE_NAME
         raise ValueError(f"{path}: gpus[{name!r}]: {error}; delete the file, or tune again after that") from error
     logger.info("%d tactics are chosen by timings of %s", len(timed), name)
+    outdated = len(gpus[name].timings) - len(timed)
+    if outdated:
+        logger.warning(
+            "%s: %d of %d tactics are none that this version would time; heuristics choose there, or tune again",
+            engine.path.parent / FILE_NAME,
+            outdated,
+            len(gpus[name].timings),
+        )
     return Tactics(timed)
 
 
 def checked_tactics(
     timings: Iterable[MatmulTiming], shapes: Iterable[MatmulShape]
 ) -> dict[tuple[MatmulShape, int], Tactic]:
-    """The winners as tactics; a ValueError when one is not of a matmul among `shapes`, or none of its candidates."""
+    """The winners as tactics, but those that are no candidates; a ValueError when one is of no matmul of `shapes`."""
     known = set(shapes)
     timed: dict[tuple[MatmulShape, int], Tactic] = {}
     for index, timing in enumerate(timings):
@@ -48,11 +57,12 @@ def checked_tactics(
             shape, winner = _checked(timing, known)
         except ValueError as error:
             raise ValueError(f"timings[{index}]: {error}") from error
-        timed[shape, timing.tokens] = winner
+        if winner:
+            timed[shape, timing.tokens] = winner
     return timed
 
 
-def _checked(timing: MatmulTiming, known: set[MatmulShape]) -> tuple[MatmulShape, Tactic]:
+def _checked(timing: MatmulTiming, known: set[MatmulShape]) -> tuple[MatmulShape, Tactic | None]:
     shape = MatmulShape(
         timing.op,
         timing.rows,
@@ -67,9 +77,7 @@ def _checked(timing: MatmulTiming, known: set[MatmulShape]) -> tuple[MatmulShape
     if timing.tokens not in BUCKETS:
         raise ValueError(f"tokens is {timing.tokens}, expected one of {', '.join(map(str, BUCKETS))}")
     by_name = {str(tactic): tactic for tactic in candidates(shape, timing.tokens)}
-    if timing.winner not in by_name:
-        raise ValueError(f"winner is {timing.winner!r}, expected one of {list(by_name)}")
-    return shape, by_name[timing.winner]
+    return shape, by_name.get(timing.winner)
 
 
 def specs_of(plan: Plan) -> dict[str, TensorSpec]:

@@ -441,6 +441,10 @@ FORGERIES: dict[str, tuple[Change, str]] = {
         lambda parts: node_of(parts, "gpt_attention")["attrs"].pop("rotary_base"),
         "is no call of gpt_attention",
     ),
+    "a list where a dtype belongs": (
+        lambda parts: node_of(parts, "gated_mlp")["attrs"].update(dtype=[1504, 1536]),
+        "weights do not fit in .*gated_mlp",
+    ),
     "weights of different widths": (
         lambda parts: node_of(parts, "gated_mlp")["inputs"].__setitem__(2, "layers.0.mlp.proj.weight"),
         "weights do not fit in .*gated_mlp",

@@ -41,3 +41,18 @@ def test_a_capture_that_fails_leaves_the_pool_usable() -> None:
     graph = pool.capture(lambda: torch.ones(3, device=device))
     graph.replay()
     assert graph.result.tolist() == [1, 1, 1]
+
+
+@pytest.mark.gpu
+def test_a_capture_without_memory_is_tried_again() -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    errors = [torch.OutOfMemoryError("none left")]
+
+    def run() -> torch.Tensor:
+        if errors:
+            raise errors.pop()
+        return torch.ones(3, device=device)
+
+    graph = CudaGraphPool(device).capture(run)
+    graph.replay()
+    assert graph.result.tolist() == [1, 1, 1]

@@ -224,7 +224,7 @@ _FEW_SHORT = _Cut(16, 16, 1, 2, is_early=True)
 _FEW_LONG = _Cut(64, 64, 1, 4)
 _SHORT_TOKENS = 512
 # Pairs of a sequence and a head from which on a cut is best, for 132 SMs.
-CROWD_VECTORS, MANY_VECTORS, SOME_VECTORS = 2048, 768, 192
+CROWD_VECTORS, MANY_VECTORS, SOME_VECTORS = 2048, 512, 192
 
 
 def _cut(num_vectors: int, max_length: int, is_batch_invariant: bool) -> _Cut:
