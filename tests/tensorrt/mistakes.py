@@ -1,6 +1,6 @@
 """Mistakes that a lowering could make, each seeded by a patch, with who has to catch it.
 
-"fake": lowering or building through the strict fake raises. "interpreter": all of that passes, and the logits are wrong.
+"fake": lowering or building through the strict fake raises. "interpreter": all that passes, and the logits are wrong.
 """
 
 from collections.abc import Callable

@@ -27,10 +27,9 @@ def engines_of(mistake: Mistake, folder: Path) -> list[Any]:
 
 
 def largest_error(mistake: Mistake, folder: Path) -> float:
-    errors = (
-        ranks_errors(folder, mistake.dtype) if mistake.mode == "two-ranks" else errors_of(*engines_of(mistake, folder))
-    )
-    return float(errors.max())
+    if mistake.mode == "two-ranks":
+        return float(ranks_errors(folder, mistake.dtype).max())
+    return float(errors_of(*engines_of(mistake, folder)).max())
 
 
 def test_there_are_mistakes_of_both_kinds() -> None:
