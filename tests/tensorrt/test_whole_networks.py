@@ -12,14 +12,17 @@ import torch
 from checkpoints import write_qwen1_checkpoint, write_qwen2_checkpoint
 from compiling.compile_model import compile_model
 from fake_tensorrt import make_tensorrt
-from interpreter import interpret
+from interpreter import interpret, interpret_ranks
 from lowered_networks import (
     ACTIVATION_STEP,
     ARCHITECTURES,
     LIMITS,
     MODES,
+    Step,
+    empty_caches,
     engine_of,
     lowered_logits,
+    padded_inputs,
     reference_logits,
     relative_errors,
     steps,
@@ -90,7 +93,7 @@ def test_a_mode_changes_the_logits_by_more_than_its_tolerance(mode: str) -> None
 def test_every_value_has_the_dtype_and_the_columns_that_our_network_says(dtype: str, mode: str) -> None:
     engine = engine_of("qwen1", dtype, mode)
     network, graph = lowered(engine)
-    tensors = {output.name: output for layer in network.layers for output in layer.outputs}
+    tensors = {output.name: output for layer in network.recorded_layers for output in layer.recorded_outputs}
     for node in engine.plan.nodes:
         (spec,) = node.outputs
         name = next((outside for outside, value in engine.plan.outputs.items() if value == spec.name), spec.name)
@@ -101,7 +104,7 @@ def test_every_value_has_the_dtype_and_the_columns_that_our_network_says(dtype: 
 def test_names_of_layers_are_those_of_our_nodes() -> None:
     engine = engine_of("qwen1", "float16", "float")
     network, _ = lowered(engine)
-    names = [layer.name for layer in network.layers]
+    names = [layer.name for layer in network.recorded_layers]
     assert len(set(names)) == len(names)
     ours = {node.outputs[0].name for node in engine.plan.nodes} | {spec.name for spec in engine.plan.weights}
     assert ours <= {name.partition(":")[0] for name in names}
@@ -141,6 +144,20 @@ def ranks_errors(folder: Path, dtype: str, generation: str = "qwen1") -> torch.T
     given = steps(97)
     found = [logits[:, :97] for logits in logits_of_ranks(ranks, given)]
     return relative_errors(found, reference_logits(rank_of(folder, dtype, Mapping()), given))
+
+
+def logits_of_ranks(ranks: list[Engine], given: list[Step]) -> list[torch.Tensor]:
+    """Of the first rank, to which the others have given their columns; the ranks run in step."""
+    networks, graphs = zip(*map(lowered, ranks), strict=True)
+    caches = [empty_caches(engine, len(given[0].ids)) for engine in ranks]
+    found = []
+    for step in given:
+        feeds = [padded_inputs(engine, step) | own for engine, own in zip(ranks, caches, strict=True)]
+        first, second = (outputs["logits"] for outputs in interpret_ranks(networks, feeds))
+        assert torch.equal(first, second)
+        found.append(first)
+    del graphs
+    return found
 
 
 def rank_engines(folder: Path, dtype: str, generation: str = "qwen1") -> list[Engine]:
