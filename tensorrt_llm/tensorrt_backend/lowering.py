@@ -64,7 +64,8 @@ def _add_inputs(plan: Plan, graph: Graph, cache_length: int) -> tuple[dict[str, 
     values["position_ids"] = graph.add_input("position_ids", "int32", ("batch", "length"))
     values["last_token_ids"] = graph.add_input("last_token_ids", "int32", ("num_logits",))
     # An input that nothing reads would not be in the engine: NTK needs lengths where the cache goes beyond the trained.
-    stretches = any(0 < int(node.attrs.get("ntk_length", 0)) < cache_length for node in plan.nodes)
+    ntk_lengths = [int(str(node.attrs["ntk_length"])) for node in plan.nodes if node.op == "gpt_attention"]
+    stretches = any(0 < length < cache_length for length in ntk_lengths)
     values["context_lengths"] = graph.add_input("context_lengths", "int32", ("batch",)) if stretches else None
     inputs = StepInputs(
         position_ids=values["position_ids"],
