@@ -31,7 +31,7 @@ def interpret_ranks(networks: Sequence[Any], feeds: Sequence[dict[str, torch.Ten
     for network in networks:
         network._check()
     values = [_read_feeds(*pair) for pair in zip(networks, feeds, strict=True)]
-    for layers in zip(*(network.recorded_layers for network in networks), strict=True):
+    for layers in zip(*map(_in_order, networks), strict=True):
         kinds = {layer.recorded_kind for layer in layers}
         if len(kinds) > 1:
             raise ApiError(f"layer {layers[0].name}: the ranks have {sorted(kinds)} there")
@@ -46,6 +46,29 @@ def interpret_ranks(networks: Sequence[Any], feeds: Sequence[dict[str, torch.Ten
         {tensor.name: known[id(tensor)] for tensor in network.recorded_outputs}
         for network, known in zip(networks, values, strict=True)
     ]
+
+
+def _in_order(network: Any) -> list[Any]:
+    """The layers, each behind those that it reads: a layer may be given an input that was added after it."""
+    order: dict[int, Any] = {}
+    waiting = list(reversed(network.recorded_layers))
+    while waiting:
+        layer = waiting.pop()
+        missing = [made for made in _makers(layer) if id(made) not in order]
+        if missing:
+            waiting += [layer, *reversed(missing)]
+        else:
+            order.setdefault(id(layer), layer)
+    return list(order.values())
+
+
+def _makers(layer: Any) -> list[Any]:
+    return [tensor._layer for tensor in _tensors_read(layer) if tensor is not None and tensor._layer is not None]
+
+
+def _tensors_read(layer: Any) -> list[Any]:
+    """Inputs in order; attention's mask behind them."""
+    return [*layer.recorded_inputs, *([layer.mask] if layer.recorded_kind == "IAttention" else [])]
 
 
 def _read_feeds(network: Any, feeds: dict[str, torch.Tensor]) -> Values:
@@ -68,9 +91,7 @@ def _read_feeds(network: Any, feeds: dict[str, torch.Tensor]) -> Values:
 
 
 def _operands(layer: Any, known: Values) -> list[torch.Tensor | None]:
-    """Inputs in order; attention's mask behind them."""
-    tensors = [*layer.recorded_inputs, *([layer.mask] if layer.recorded_kind == "IAttention" else [])]
-    return [None if tensor is None else known[id(tensor)] for tensor in tensors]
+    return [None if tensor is None else known[id(tensor)] for tensor in _tensors_read(layer)]
 
 
 def _execute(layer: Any, operands: list[torch.Tensor | None]) -> torch.Tensor:
