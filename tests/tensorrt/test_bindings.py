@@ -48,11 +48,12 @@ def classes_in(owner, prefix=""):
 def describe(cls):
     values = {name: inspect.getattr_static(cls, name) for name in dir(cls)}
     properties = {name: value for name, value in values.items() if isinstance(value, property)}
+    docstrings = {name: getattr(cls, name).__doc__ or "" for name in values if name not in properties}
     return {
         "is_a": [base.__qualname__ for base in cls.__mro__],
         "members": list(cls.__members__) if isinstance(getattr(cls, "__members__", None), dict) else [],
         "properties": {name: "rw" if value.fset else "ro" for name, value in properties.items()},
-        "methods": {name: getattr(cls, name).__doc__ or "" for name in values if name not in properties},
+        "methods": {name: [line for line in doc.splitlines() if ") -> " in line] for name, doc in docstrings.items()},
     }
 
 classes = {name: describe(cls) for name, cls in classes_in(tensorrt_bindings)}
@@ -83,9 +84,10 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     for library in LIBRARIES:
         command = ["gcc", "-shared", "-fPIC", f"-Wl,-soname,{library}", "-o", str(libraries / library), str(source)]
         subprocess.run(command, check=True)
+    search = os.pathsep.join(filter(None, (str(libraries), os.environ.get("LD_LIBRARY_PATH"))))
     described = subprocess.run(
         [sys.executable, "-c", DESCRIBE, str(WHEEL_DIR)],
-        env=os.environ | {"LD_LIBRARY_PATH": str(libraries)},
+        env=os.environ | {"LD_LIBRARY_PATH": search},
         capture_output=True,
         text=True,
     )
@@ -105,19 +107,19 @@ def split_arguments(text: str) -> list[str]:
     return [part.strip() for part in parts if part.strip()]
 
 
-def read_argument(text: str) -> tuple[str, str, str | None]:
-    """Name, type and default of `flags: typing.SupportsInt = 0`; no module before a type, no class before a member."""
+def read_argument(text: str) -> list[str]:
+    """`flags: typing.SupportsInt = 0` in the manifest's form; no module before a type, no class before a member."""
     name, _, rest = text.partition(": ")
     kind, equals, default = rest.partition(" = ")
     member = re.fullmatch(r"<\w+\.(\w+): -?\d+>", default)
     bare_kind = re.sub(r"tensorrt_bindings\.tensorrt\.|\w+::", "", kind)
-    return name, bare_kind, (member[1] if member else default) if equals else None
+    return [name, bare_kind, *([member[1] if member else default] if equals else [])]
 
 
-def read_overloads(method: str, docstring: str) -> list[list[tuple[str, str, str | None]]]:
-    """What each signature line of a docstring takes after `self`."""
-    lines = re.findall(rf"^(?:\d+\. )?{method}\((.*)\) -> .*$", docstring, re.MULTILINE)
-    return [[read_argument(argument) for argument in split_arguments(line)[1:]] for line in lines]
+def read_overloads(method: str, docstring: list[str]) -> list[list[list[str]]]:
+    """What each signature in the lines of a docstring takes after `self`."""
+    matches = [re.fullmatch(rf"(?:\d+\. )?{method}\((.*)\) -> .*", line) for line in docstring]
+    return [[read_argument(argument) for argument in split_arguments(match[1])[1:]] for match in matches if match]
 
 
 def is_of_type(kind: str, theirs: str, classes: dict[str, Any]) -> bool:
@@ -133,21 +135,22 @@ def is_of_type(kind: str, theirs: str, classes: dict[str, Any]) -> bool:
     return kind in classes and theirs in classes[kind]["is_a"]
 
 
-def takes(theirs: list[tuple[str, str, str | None]], ours: list[list[Any]], classes: dict[str, Any]) -> bool:
-    """Names in order, types, and defaults. A null default only says that there is one."""
-    if [argument[0] for argument in ours] != [argument[0] for argument in theirs]:
+def is_same(ours: list[Any], theirs: list[str], classes: dict[str, Any]) -> bool:
+    """Whether an argument has the name, a type that takes ours, and the default. A null only says that there is one."""
+    (name, kind, *default), (their_name, their_kind, *their_default) = ours, theirs
+    if name != their_name or not is_of_type(kind, their_kind, classes) or len(default) != len(their_default):
         return False
-    for (_, kind, *default), (_, their_kind, their_default) in zip(ours, theirs, strict=True):
-        if not is_of_type(kind, their_kind, classes) or bool(default) != (their_default is not None):
-            return False
-        if default and default[0] is not None and str(default[0]) != their_default:
-            return False
-    return True
+    return default in ([], [None]) or str(default[0]) == their_default[0]
 
 
-def signature(arguments: list[Any]) -> str:
-    written = [f"{name}: {kind}{''.join(f' = {value}' for value in rest)}" for name, kind, *rest in arguments]
-    return f"({', '.join(written)})".replace(" = None", "")
+def takes(theirs: list[list[str]], ours: list[list[Any]], classes: dict[str, Any]) -> bool:
+    pairs = zip(ours, theirs, strict=False)
+    return len(ours) == len(theirs) and all(is_same(our, their, classes) for our, their in pairs)
+
+
+def signature(arguments: list[list[Any]]) -> str:
+    written = [f"{name}: {kind}" + "".join(f" = {value}" for value in default) for name, kind, *default in arguments]
+    return f"({', '.join(written)})"
 
 
 def differences(name: str, ours: dict[str, Any], classes: dict[str, Any]) -> list[str]:
@@ -158,7 +161,7 @@ def differences(name: str, ours: dict[str, Any], classes: dict[str, Any]) -> lis
     if ours["base"] and ours["base"] not in theirs["is_a"]:
         found.append(f"{name} is no {ours['base']}, but {theirs['is_a'][1]}")
     for method, overloads in ours["methods"].items():
-        known = read_overloads(method, theirs["methods"].get(method, ""))
+        known = read_overloads(method, theirs["methods"].get(method, []))
         for overload in overloads:
             if not any(takes(candidate, overload, classes) for candidate in known):
                 there = " or ".join(map(signature, known)) or "nothing of that name"
@@ -199,3 +202,55 @@ def test_the_severities_of_the_fake_are_those_of_the_wheel_and_on_its_logger(whe
     members = {member.name for member in Severity}
     assert members <= set(wheel["classes"]["Logger.Severity"]["members"])
     assert members <= set(wheel["classes"]["Logger"]["methods"])
+
+
+# A wheel of one class, and what a manifest may say of it.
+PUMP_WHEEL = {
+    "Mode": {"is_a": ["Mode", "object"], "members": ["FAST"], "properties": {}, "methods": {}},
+    "IPump": {
+        "is_a": ["IPump", "IMachine", "object"],
+        "members": [],
+        "properties": {"level": "rw", "serial": "ro"},
+        "methods": {
+            "open": [
+                "1. open(self: tensorrt_bindings.tensorrt.IPump, rate: typing.SupportsInt) -> bool",
+                "2. open(self: tensorrt_bindings.tensorrt.IPump, rate: typing.SupportsInt, "
+                "mode: tensorrt_bindings.tensorrt.Mode = <Mode.FAST: 0>) -> bool",
+            ],
+        },
+    },
+}
+TRUE_SAYINGS: tuple[dict[str, Any], ...] = (
+    {"base": "IMachine", "properties": {"level": "rw", "serial": "ro"}},
+    {"methods": {"open": [[["rate", "int"]], [["rate", "int"], ["mode", "Mode", "FAST"]]]}},
+    {"methods": {"open": [[["rate", "int"], ["mode", "Mode", None]]]}},
+)
+FALSE_SAYINGS: dict[str, dict[str, Any]] = {
+    "another base": {"base": "ILayer"},
+    "no such method": {"methods": {"close": [[]]}},
+    "another name": {"methods": {"open": [[["speed", "int"]]]}},
+    "another order": {"methods": {"open": [[["mode", "Mode", "FAST"], ["rate", "int"]]]}},
+    "one argument too many": {"methods": {"open": [[["rate", "int"], ["mode", "Mode", "FAST"], ["more", "int"]]]}},
+    "one argument too few": {"methods": {"open": [[]]}},
+    "another enum": {"methods": {"open": [[["rate", "int"], ["mode", "Speed", "FAST"]]]}},
+    "another plain type": {"methods": {"open": [[["rate", "str"]]]}},
+    "no default": {"methods": {"open": [[["rate", "int"], ["mode", "Mode"]]]}},
+    "another default": {"methods": {"open": [[["rate", "int"], ["mode", "Mode", "SLOW"]]]}},
+    "a default too many": {"methods": {"open": [[["rate", "int", 1]]]}},
+    "one overload of two": {"methods": {"open": [[["rate", "int"]], [["rate", "bool"]]]}},
+    "a property written": {"properties": {"serial": "rw"}},
+    "a property that is a method": {"properties": {"open": "ro"}},
+    "a method that is a property": {"methods": {"level": [[]]}},
+}
+NOTHING_SAID: dict[str, Any] = {"base": None, "methods": {}, "properties": {}}
+
+
+def test_what_the_wheel_has_is_no_difference() -> None:
+    found = [differences("IPump", NOTHING_SAID | saying, PUMP_WHEEL) for saying in TRUE_SAYINGS]
+    assert found == [[]] * len(TRUE_SAYINGS)
+
+
+@pytest.mark.parametrize("saying", FALSE_SAYINGS)
+def test_what_the_wheel_has_not_is_one_difference_by_name(saying: str) -> None:
+    (found,) = differences("IPump", NOTHING_SAID | FALSE_SAYINGS[saying], PUMP_WHEEL)
+    assert found.startswith("IPump")
