@@ -7,7 +7,7 @@ import torch
 from ..engine import Engine, read_builder_config
 from ..tensorrt_backend.api import import_tensorrt
 from ..tensorrt_backend.plan_file import BACKEND, TensorRtEngine
-from .session import Session, pick_device
+from .session import Session, pick_device, prepare_device
 from .tensorrt_session import TensorRtSession
 
 AnyEngine = Engine | TensorRtEngine
@@ -33,8 +33,12 @@ def open_session(
     if reference:
         raise ValueError(f"{engine.path.name} is a TensorRT plan, which only TensorRT runs; build without --backend")
     trt = import_tensorrt()
+    return TensorRtSession(engine, trt, _pick_gpu(device, engine), kv_cache_tokens=kv_cache_tokens)
+
+
+def _pick_gpu(device: torch.device | str | None, engine: TensorRtEngine) -> torch.device:
     picked = device if isinstance(device, torch.device) else pick_device(device)
     if picked.type != "cuda":
         raise ValueError(f"device is {picked.type}, but {engine.path.name} is a TensorRT plan: it needs a CUDA GPU")
-    torch.cuda.set_device(picked)
-    return TensorRtSession(engine, trt, picked, kv_cache_tokens=kv_cache_tokens)
+    prepare_device(picked)
+    return picked

@@ -30,7 +30,7 @@ class StepInputs:
 
     position_ids: Any  # [B, S]
     kv_write_indices: Any  # [B]
-    context_lengths: Any | None  # [B], of a network with dynamic NTK
+    context_lengths: Any | None  # [B], where dynamic NTK has anything to stretch
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class Positions:
         graph, rows = self._graph, self.inputs.position_ids
         thresholds = self._ntk_lengths(ntk_length)
         if thresholds:
-            assert self.inputs.context_lengths is not None, "an input of every network with dynamic NTK"
+            assert self.inputs.context_lengths is not None, "an input wherever there are thresholds"
             lengths = graph.reshape(self.inputs.context_lengths, (-1, 1), "lengths")  # [B, 1]
             limits = graph.constant(torch.tensor([thresholds], dtype=torch.int32), "ntk_thresholds")  # [1, steps - 1]
             passed = graph.cast(graph.elementwise(lengths, limits, "GREATER", "ntk_passed"), "int32")

@@ -63,8 +63,10 @@ def _add_inputs(plan: Plan, graph: Graph, cache_length: int) -> tuple[dict[str, 
         values["input_ids"] = graph.reshape(ids, (-1,), "tokens")
     values["position_ids"] = graph.add_input("position_ids", "int32", ("batch", "length"))
     values["last_token_ids"] = graph.add_input("last_token_ids", "int32", ("num_logits",))
-    has_ntk = any(node.attrs.get("ntk_length") for node in plan.nodes)
-    values["context_lengths"] = graph.add_input("context_lengths", "int32", ("batch",)) if has_ntk else None
+    # An input that nothing reads would not be in the engine: NTK needs lengths where the cache goes beyond the trained.
+    ntk_lengths = [int(str(node.attrs["ntk_length"])) for node in plan.nodes if node.op == "gpt_attention"]
+    stretches = any(0 < length < cache_length for length in ntk_lengths)
+    values["context_lengths"] = graph.add_input("context_lengths", "int32", ("batch",)) if stretches else None
     inputs = StepInputs(
         position_ids=values["position_ids"],
         kv_write_indices=graph.add_input("kv_write_indices", "int32", ("batch",)),

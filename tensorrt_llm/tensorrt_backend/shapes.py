@@ -63,7 +63,7 @@ class Shapes:
             "last_token_ids": (num_logits,),
             "kv_write_indices": (batch_size,),
         }
-        if config.use_dynamic_ntk:
+        if config.use_dynamic_ntk and config.seq_length < self.cache_length:
             shapes["context_lengths"] = (batch_size,)
         for name in cache_names(config):
             shapes[f"past_{name}"] = cache

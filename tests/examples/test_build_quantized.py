@@ -89,8 +89,8 @@ def test_a_broken_quantization_fails_the_build_and_names_its_layer(
 ) -> None:
     seen = []
 
-    def permuted_in_one_layer(tensor: object, bits: int, group_size: int = 0) -> QuantizedWeight:
-        quantized = quantize_weight(tensor, bits, group_size)  # type: ignore[arg-type]
+    def permuted_in_one_layer(tensor: object, bits: int, group_size: int, **options: bool) -> QuantizedWeight:
+        quantized = quantize_weight(tensor, bits, group_size, **options)  # type: ignore[arg-type]
         seen.append(quantized.shape)
         if quantized.shape == (64, 96) and sum(shape == (64, 96) for shape in seen) == 2:
             return QuantizedWeight(bits, quantized.weight, quantized.scale.flip(0))

@@ -67,6 +67,16 @@ def test_the_search_gains_where_tails_are_heavy() -> None:
     assert errors[0] < 0.97 * errors[1]
 
 
+def test_positive_scales_are_so_and_lose_no_more_than_without_search() -> None:
+    """Of scales of both signs, about half turn the grid around."""
+    weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(0)) ** 3
+    both, positive = (quantize_weight(weight, 4, 32, positive_scales=is_positive) for is_positive in (False, True))
+    assert (both.scale < 0).float().mean() > 0.2 and (positive.scale > 0).all()
+    largest = quantize_weight(weight, 4, 32, clip="amax")
+    lost = [(each.dequantize() - weight).abs().pow(3).sum() for each in (both, positive, largest)]
+    assert lost == sorted(lost)
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_zero_rows_and_tiny_rows_stay_finite(bits: int) -> None:
     weight = torch.stack((torch.zeros(64), torch.full((64,), 1e-42), torch.full((64,), 1e30), torch.ones(64)))

@@ -42,6 +42,7 @@ ARCHITECTURES: dict[str, QWenConfig] = {
     "qwen1": make_config(**_SIZES, seq_length=8),
     "qwen1-plain": make_config(**_SIZES, seq_length=8, use_dynamic_ntk=False, use_logn_attn=False),
     "qwen1-ntk": make_config(**_SIZES, seq_length=8, use_logn_attn=False),
+    "qwen1-within-trained-length": make_config(**_SIZES, seq_length=64),
     "qwen1-logn": make_config(**_SIZES, seq_length=8, use_dynamic_ntk=False),
     "qwen2-mha-tied": make_config(**_SIZES | _QWEN2 | {"tie_word_embeddings": True}),
     "qwen2-gqa": make_config(**_SIZES | _QWEN2 | {"num_key_value_heads": 2}),
@@ -179,7 +180,7 @@ def padded_inputs(engine: Engine, step: Step) -> dict[str, torch.Tensor]:
         "kv_write_indices": starts,
         "last_token_ids": torch.tensor([row * length + len(ids) - 1 for row, ids in enumerate(step.ids)]),
     }
-    if engine.config.use_dynamic_ntk:
+    if "context_lengths" in Shapes.of(engine.config).inputs(engine.config, 1, 1, 1):
         numbers["context_lengths"] = torch.tensor(step.context_lengths)
     return {name: tensor.int() for name, tensor in numbers.items()}
 

@@ -260,7 +260,7 @@ def rotary_embedding(layer: Any) -> Made:
     positions = layer._inputs[3] if len(layer._inputs) > 3 else None
     wanted: tuple[Dim, ...] = (batch, length, rotary_dim // 2)
     if positions is not None:
-        _is_one_of(positions, INDICES, "positions")
+        _is_one_of(positions, (DataType.INT64,), "positions")
         _expect(
             positions._dims == (batch, length), f"positions have shape {positions._dims}, expected {(batch, length)}"
         )

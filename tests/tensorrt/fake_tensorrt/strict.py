@@ -15,12 +15,38 @@ from typing import Any
 import numpy as np
 
 MANIFEST: dict[str, Any] = json.loads((Path(__file__).parents[1] / "manifest.json").read_text())
-ENUMS: dict[str, Any] = {name: enum.Enum(name, members) for name, members in MANIFEST["enums"].items()}
 CLASSES: dict[str, type] = {}
 
 
 class ApiError(Exception):
     """A use of the API that TensorRT 11 does not have, or does not allow."""
+
+
+class _Members(type):
+    """Of an enum; another member is an error of the fake's own."""
+
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise ApiError(f"{cls.__name__} has no member {name}")
+
+    def __getitem__(cls, name: str) -> Any:
+        return vars(cls)[name]
+
+
+def _enum(name: str, members: list[str]) -> Any:
+    def described(member: Any) -> str:
+        return f"{name}.{member.name}"
+
+    made = _Members(name, (), {"__repr__": described, "name": ""})
+    for member in members:
+        value = made()
+        value.name = member
+        setattr(made, member, value)
+    return made
+
+
+ENUMS: dict[str, Any] = {name: _enum(name, members) for name, members in MANIFEST["enums"].items()}
 
 
 def of_api(declared: type) -> type:
@@ -146,4 +172,4 @@ def _is_of_kind(value: Any, kind: str) -> bool:
 
 
 def _described(value: Any) -> str:
-    return str(value) if isinstance(value, enum.Enum) else type(value).__name__
+    return repr(value) if type(type(value)) is _Members else type(value).__name__
