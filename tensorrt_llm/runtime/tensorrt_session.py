@@ -15,6 +15,7 @@ read. Which engine outputs are whose is decided by last_token_ids: logits come i
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,15 +64,13 @@ class TensorRtSession:
         self._num_cached = [0] * self._num_slots  # tokens of the last sequence in a slot
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         memory_bytes = max(self._engine.get_device_memory_size_for_profile_v2(index) for index in (PREFILL, DECODE))
-        # Both contexts compute here, one after the other.
+        # All contexts compute here, one after the other.
         self._memory = torch.empty(max(memory_bytes, 1), dtype=torch.uint8, device=device)
-        strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        self._prefill_context, self._decode_context = (
-            _Context(self, self._engine.create_execution_context(strategy), profile) for profile in (PREFILL, DECODE)
-        )
+        self._strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        self._prefill_context = self._new_context(PREFILL)
+        # By batch size: a graph is valid as long as the context that it was captured of keeps its shapes.
+        self._decode_contexts: dict[int, _Context] = {}
         self._decode_logits = self._new_logits(self._num_slots)
-        self._decode_context.set_address("logits", self._decode_logits.data_ptr())
-        self._decode_context.set_caches(self._caches, slot=0)
         self._graphs: dict[int, Captured] = {}
         self._graph_pool = CudaGraphPool(device) if device.type == "cuda" else None
 
@@ -95,6 +94,8 @@ class TensorRtSession:
         for begin in range(0, row.length, length_at_once):
             ids = row.token_ids[begin : begin + length_at_once]
             start = row.start + begin
+            if start == 0:
+                self._clear_slot(slot)
             num_logits = len(ids) if wants_all else 1
             logits = self._new_logits(num_logits)
             context = self._prefill_context
@@ -118,23 +119,27 @@ class TensorRtSession:
     def _decode(self, rows: Sequence[Row], sampled_ids: torch.Tensor | None) -> torch.Tensor:
         slots = [_slot_of(row) for row in rows]
         batch_size = self._decode_size(1 + max(slots))
-        context = self._decode_context
-        self._fill_decodes(rows, slots, batch_size, sampled_ids)
+        context = self._decode_context(batch_size)
+        self._fill_decodes(context, rows, slots, batch_size, sampled_ids)
         if batch_size in self._graphs:
             self._graphs[batch_size].replay()
         else:
-            context.set_shapes(self._shapes.inputs(self.config, batch_size, 1, batch_size))
             self._execute_beside(context)
             if self._graph_pool:
                 # The first run decided what a shape needs decided, which cannot be captured.
-                self._graphs[batch_size] = self._graph_pool.capture(self._captured_decode)
+                self._graphs[batch_size] = self._graph_pool.capture(partial(self._captured_decode, context))
                 logger.info("captured a graph of %d decodes, %d graphs now", batch_size, len(self._graphs))
         for slot in slots:
             self._num_cached[slot] += 1
         return self._decode_logits[: len(rows)]
 
     def _fill_decodes(
-        self, rows: Sequence[Row], slots: Sequence[int], batch_size: int, sampled_ids: torch.Tensor | None
+        self,
+        context: "_Context",
+        rows: Sequence[Row],
+        slots: Sequence[int],
+        batch_size: int,
+        sampled_ids: torch.Tensor | None,
     ) -> None:
         token_ids, context_lengths = [0] * batch_size, [1] * batch_size
         places = self._num_cached[:batch_size]
@@ -146,7 +151,7 @@ class TensorRtSession:
                 pending.append((slot, row.request.sampled_row))
             else:
                 token_ids[slot] = row.request.token_ids[-1]
-        self._decode_context.fill(
+        context.fill(
             {
                 "input_ids": token_ids,
                 "position_ids": places,
@@ -158,15 +163,32 @@ class TensorRtSession:
         if pending:
             assert sampled_ids is not None, "a token is pending that no step has sampled"
             into, chosen = upload(pending, torch.int64, self.device).unbind(dim=1)
-            self._decode_context.values("input_ids")[into] = sampled_ids[chosen]
+            context.values("input_ids")[into] = sampled_ids[chosen]
 
     def _decode_size(self, num_slots: int) -> int:
         """The next power of two: each size that comes is captured once."""
         return min(1 << (num_slots - 1).bit_length(), self._num_slots)
 
-    def _captured_decode(self) -> torch.Tensor:
-        self._decode_context.execute(torch.cuda.current_stream(self.device).cuda_stream)
+    def _decode_context(self, batch_size: int) -> "_Context":
+        context = self._decode_contexts.get(batch_size)
+        if context is None:
+            context = self._decode_contexts[batch_size] = self._new_context(DECODE)
+            context.set_address("logits", self._decode_logits.data_ptr())
+            context.set_caches(self._caches, slot=0)
+            context.set_shapes(self._shapes.inputs(self.config, batch_size, 1, batch_size))
+        return context
+
+    def _new_context(self, profile: int) -> "_Context":
+        return _Context(self, self._engine.create_execution_context(self._strategy), profile)
+
+    def _captured_decode(self, context: "_Context") -> torch.Tensor:
+        context.execute(torch.cuda.current_stream(self.device).cuda_stream)
         return self._decode_logits
+
+    def _clear_slot(self, slot: int) -> None:
+        """The mask multiplies what it hides by zero, so a number must stand there, whatever a sequence before wrote."""
+        for cache in self._caches.values():
+            cache[slot].zero_()
 
     def _execute_beside(self, context: "_Context") -> None:
         """On a stream of its own, as TensorRT waits for the device on the default one; others wait for it in turn."""
@@ -185,8 +207,16 @@ class TensorRtSession:
         config = self.config
         shape = (self._num_slots, config.num_kv_heads_per_rank, self._shapes.cache_length, config.head_size)
         dtype = torch_dtype(config.kv_dtype)
-        # What the mask hides is multiplied by zero, so it has to be a number.
-        return {name: torch.zeros(shape, dtype=dtype, device=self.device) for name in cache_names(config)}
+        names = cache_names(config)
+        needed = len(names) * torch.Size(shape).numel() * dtype.itemsize
+        if self.device.type == "cuda" and needed > torch.cuda.mem_get_info(self.device)[0]:
+            raise ValueError(
+                f"the caches of {self._num_slots} sequences of {self._shapes.cache_length} tokens take "
+                f"{needed / 2**30:.2f} GiB, {torch.cuda.mem_get_info(self.device)[0] / 2**30:.2f} GiB are free on "
+                f"{self.device}; give fewer kv_cache_tokens, or build with a smaller --max_batch_size"
+            )
+        # Of slots that wait for their first sequence, numbers are multiplied by zero as well (see _clear_slot).
+        return {name: torch.zeros(shape, dtype=dtype, device=self.device) for name in names}
 
     def _check_tensors(self, engine: TensorRtEngine) -> None:
         """The plan must be of the network that its description describes."""

@@ -3,7 +3,7 @@
     results of 16-bit layers are computed in float32 and rounded once; ROUND and quantize round half to the even integer
     attention is softmax(Q K^T) V without a scale, over the places that the mask keeps
     a rotary embedding that is not interleaved turns the first half of the turned dims against the second
-    a cache takes each sequence's new tokens from its write index on, where it lies; what is beyond its end is dropped
+    a cache takes each sequence's new tokens from its write index on, where it lies; beyond its end nobody may write
     dequantize multiplies by the scale of the tensor, of the place along an axis, or of the block
     ALL_GATHER joins the ranks along dim 0
 
@@ -261,9 +261,10 @@ def rotary_embedding(
 
 def kv_cache_update(layer: Any, cache: torch.Tensor, update: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     for sequence, first in enumerate(indices.tolist()):
-        for offset in range(update.shape[2]):
-            if 0 <= first + offset < cache.shape[2]:
-                cache[sequence, :, first + offset] = update[sequence, :, offset]
+        end = first + update.shape[2]
+        if first < 0 or end > cache.shape[2]:
+            raise ApiError(f"layer {layer.name}: places {first} to {end} of a cache of {cache.shape[2]} are written")
+        cache[sequence, :, first:end] = update[sequence]
     return cache
 
 

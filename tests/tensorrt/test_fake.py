@@ -224,6 +224,14 @@ REFUSED: dict[str, tuple[Case, str]] = {
         lambda n: attention(n, mask=n.input("b", "s", "s", dtype="BOOL")),
         "the mask has shape",
     ),
+    "a mask of one row for all queries": (
+        lambda n: attention(n, mask=n.input("b", 1, 1, "s", dtype="BOOL")),
+        "the mask has shape .*or 1 in place of sequences or heads",
+    ),
+    "more new tokens than places": (
+        lambda n: updated(n, n.input("b", 2, 4, 8), n.input("b", 2, 5, 8), n.input("b", dtype="INT32")),
+        "5 new tokens for a cache of 4 places",
+    ),
     "a quantization by what is computed": (
         lambda n: n.network.add_quantize(n.input(2, 3), n.input(1), D.INT8),
         "the scale in2 is no constant",
@@ -417,6 +425,14 @@ UNBUILDABLE: dict[str, tuple[Callable[[Net, Any], None], str]] = {
         lambda n, p: p.set_shape("past", (1, 1, 4, 2), (2, 1, 4, 2), (3, 1, 5, 2)),
         "where 4 is 4",
     ),
+    "more new tokens than places": (
+        lambda n, p: p.set_shape("new", (1, 1, 1, 2), (2, 1, 1, 2), (3, 1, 5, 2)),
+        "profile 0: 5 new tokens for past of 4 places",
+    ),
+    "weights that were changed": (
+        lambda n, p: n.constant([1.0]) and n.kept[-1].fill_(2.0),
+        "the memory of its weights was changed before the build",
+    ),
     "ranks without a number": (lambda n, p: n.out(gathered_by(n, [0, 1])), "num_ranks is not set"),
 }
 
@@ -453,15 +469,14 @@ def context_of(net: Net, builder: Any, config: Any) -> Any:
 def test_an_engine_writes_where_it_was_told() -> None:
     context = context_of(*finished())
     past, new = torch.zeros(2, 1, 4, 2), torch.arange(1.0, 9.0).view(2, 1, 2, 2)
-    at, total = torch.tensor([0, 3], dtype=torch.int32), torch.full((2,), torch.nan)
+    at, total = torch.tensor([0, 2], dtype=torch.int32), torch.full((2,), torch.nan)
     for name, tensor in {"past": past, "new": new, "at": at}.items():
         assert context.set_input_shape(name, tuple(tensor.shape))
     for name, tensor in {"past": past, "present": past, "new": new, "at": at, "total": total}.items():
         assert context.set_tensor_address(name, tensor.data_ptr())
     assert context.execute_async_v3(0)
-    # The second sequence's second row lies beyond the end, and is dropped.
-    assert past[0, 0].tolist() == [[1, 2], [3, 4], [0, 0], [0, 0]] and past[1, 0, 3].tolist() == [5, 6]
-    assert total.tolist() == [10, 11]
+    assert past[:, 0].tolist() == [[[1, 2], [3, 4], [0, 0], [0, 0]], [[0, 0], [0, 0], [5, 6], [7, 8]]]
+    assert total.tolist() == [10, 26]
 
 
 def test_a_context_that_is_not_ready_does_not_run() -> None:

@@ -14,8 +14,11 @@ import build
 import pytest
 import run as run_script_module
 import torch
+from models_for_tests import random_prompts
+from test_session import engines_of
 
-from tensorrt_llm.runtime import ModelRunner, SamplingConfig
+from tensorrt_llm.runtime import GenerationSession, ModelRunner, SamplingConfig, Session
+from tensorrt_llm.runtime.tensorrt_session import TensorRtSession
 from tensorrt_llm.tensorrt_backend.api import import_tensorrt
 from tensorrt_llm.tokenizer import load_tokenizer
 
@@ -26,10 +29,12 @@ MODES: dict[str, tuple[str, ...]] = {
     "float16": ("--dtype", "float16"),
     "bfloat16": ("--dtype", "bfloat16"),
     "int8": ("--dtype", "float16", "--use_weight_only"),
-    "int4-g128": ("--dtype", "float16", "--use_weight_only", "--weight_only_precision", "int4", "--per_group"),
 }
 # Relative errors of logits between two ways to round the same network of six layers.
-TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1, "int8": 2e-2, "int4-g128": 2e-2}
+TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1, "int8": 2e-2}
+# build.py rounds to INT4 otherwise for a plan than for an engine of ours, so small networks of the same integers are
+# compared. Of INT8 activations some are carried over to the next step.
+SMALL_MODES = {"int4": 1e-3, "int4-g128": 1e-3, "smooth-quant": 1e-1}
 
 
 def missing() -> str:
@@ -96,3 +101,17 @@ def test_a_plan_answers_as_our_engine_does(runners: tuple[str, Any, Any]) -> Non
     ids = run_script_module.encode(QUESTION, plan.session.tokenizer, args, 256)
     texts = [runner.generate([ids], max_new_tokens=24, return_dict=True)["texts"][0] for runner in (ours, plan)]
     assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("architecture", ["qwen1", "qwen2-gqa"])
+@pytest.mark.parametrize("mode", SMALL_MODES)
+def test_small_networks_of_the_same_integers_agree(mode: str, architecture: str, tmp_path: Path) -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    trt = import_tensorrt()
+    ours, plan, _ = engines_of(architecture, mode, tmp_path, trt=trt)
+    sessions = GenerationSession(Session(ours, device)), GenerationSession(TensorRtSession(plan, trt, device))
+    sampling = SamplingConfig(max_new_tokens=1, gather_context_logits=True, return_dict=True)
+    prompts = random_prompts((5, 20, 11), 97)
+    expected, found = (session.decode_batch(prompts, sampling)["context_logits"] for session in sessions)
+    for wanted, logits in zip(expected, found, strict=True):
+        assert (logits - wanted).norm() <= SMALL_MODES[mode] * wanted.norm()

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_tensorrt import make_tensorrt
+from fake_tensorrt import ApiError, make_tensorrt
 from lowered_networks import engine_of
 from mistakes import MISTAKES, Mistake
 from test_whole_networks import TOLERANCES, errors_of, rank_engines, ranks_errors
@@ -41,9 +41,8 @@ def test_there_are_mistakes_of_both_kinds() -> None:
 def test_the_fake_refuses(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     mistake = MISTAKES[name]
     mistake.seed(monkeypatch)
-    with pytest.raises(Exception) as caught:  # whatever the fake raises; that it is the fake is the claim
+    with pytest.raises(ApiError):
         build(mistake, tmp_path)
-    assert any("fake_tensorrt" in str(entry.path) for entry in caught.traceback)
 
 
 @pytest.mark.parametrize("name", [name for name, mistake in MISTAKES.items() if mistake.caught_by == "interpreter"])

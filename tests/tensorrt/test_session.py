@@ -27,13 +27,13 @@ LENGTHS = (5, 20, 11, 1, 24)
 
 
 def engines_of(
-    architecture: str, mode: str, folder: Path, limits: Limits = LIMITS
+    architecture: str, mode: str, folder: Path, limits: Limits = LIMITS, trt: Any = None
 ) -> tuple[Engine, TensorRtEngine, Any]:
     """The same weights as an engine of ours and as a plan, and the module that runs it."""
     quant_mode, options = MODES[mode]
     model = quantize_model(QWenForCausalLM(ARCHITECTURES[architecture], "float32"), quant_mode, **options)
     set_weights(model)
-    trt = make_tensorrt()
+    trt = trt or make_tensorrt()
     build_plan(compile_model(model, limits, fuse=False), trt, folder)
     engine = open_engine(folder)
     assert isinstance(engine, TensorRtEngine)
@@ -81,6 +81,39 @@ def test_the_longest_sequence_fits(tmp_path: Path) -> None:
     sampling = SamplingConfig(max_new_tokens=LIMITS.max_output_len)
     found = GenerationSession(TensorRtSession(plan, trt, CPU)).decode_batch(prompts, sampling)
     assert torch.equal(found, on_cpu(ours).decode_batch(prompts, sampling))
+
+
+def test_what_a_broken_sequence_left_in_its_slot_does_no_harm(tmp_path: Path) -> None:
+    """Behind the mask a NaN times zero is NaN still."""
+    ours, plan, trt = engines_of("qwen1", "float", tmp_path)
+    session = TensorRtSession(plan, trt, CPU)
+    prompts = random_prompts((5, 20, 11), 97)
+    for cache in session._caches.values():
+        cache.fill_(torch.nan)
+    found = serve(GenerationSession(session), prompts)
+    assert torch.equal(found["output_ids"], serve(on_cpu(ours), prompts)["output_ids"])
+
+
+def test_a_context_of_decodes_keeps_its_shapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph that was captured of it stays valid only so."""
+    _, plan, trt = engines_of("qwen1", "float", tmp_path)
+    session = TensorRtSession(plan, trt, CPU)
+    serve(GenerationSession(session), random_prompts(LENGTHS, 97))
+    assert len(session._decode_contexts) > 1
+    contexts = dict(session._decode_contexts)
+    for context in contexts.values():
+        monkeypatch.setattr(context, "set_shapes", lambda shapes: pytest.fail("shapes of a captured context"))
+    serve(GenerationSession(session), random_prompts(LENGTHS, 97, seed=1))
+    assert session._decode_contexts == contexts
+
+
+def test_addresses_are_multiples_of_256_bytes(tmp_path: Path) -> None:
+    """Of all slots, where a cache's is one, and of all inputs, where their buffer's is one."""
+    _, plan, trt = engines_of("qwen2-gqa", "float", tmp_path)
+    session = TensorRtSession(plan, trt, CPU)
+    for cache in session._caches.values():
+        assert 2 * cache.stride(0) % 256 == 0, "in 16 bits, and so in 32"
+    assert all(4 * start % 256 == 0 for start in session._prefill_context._starts.values())
 
 
 def test_tokens_may_be_pending(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from weight import load_from_hf_qwen
 
 from tensorrt_llm import Engine, Mapping
 from tensorrt_llm.models import QWenConfig, QWenForCausalLM
+from tensorrt_llm.tensorrt_backend import building
 from tensorrt_llm.tensorrt_backend.building import build_plan
 from tensorrt_llm.tensorrt_backend.graph import Graph
 from tensorrt_llm.tensorrt_backend.lowering import lower
@@ -178,6 +179,19 @@ def rank_of(checkpoint: Path, dtype: str, mapping: Mapping) -> Engine:
 
 
 # Plans
+
+
+def test_known_defects_are_kept_away_from_by_defaults() -> None:
+    engine = engine_of("qwen1", "float16", "float")
+    network, _ = lowered(engine)
+    layers = [layer for layer in network.recorded_layers if layer.recorded_kind == "IAttention"]
+    assert len(layers) == engine.config.num_layers
+    assert all(layer.decomposable and layer.mask.dtype.name == "BOOL" for layer in layers)
+    trt = make_tensorrt()
+    builder = trt.Builder(trt.Logger(trt.Logger.WARNING))
+    config = building._builder_config(engine, Shapes.of(engine.config), builder, trt)
+    assert config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE) >= 8 << 30
+    assert not config.get_flag(trt.BuilderFlag.TF32)
 
 
 @pytest.mark.parametrize("mode", MODES)

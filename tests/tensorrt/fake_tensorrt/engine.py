@@ -134,6 +134,12 @@ def _check_profile(network: INetworkDefinition, profile: IOptimizationProfile, i
             if tensor.name not in profile._shapes:
                 raise ApiError(f"profile {index} has no shapes of {tensor.name}, which has unknown dims")
             _match(tensor, profile._shapes[tensor.name][kind], sizes, f"profile {index}")
+        for layer in network.recorded_layers:
+            if layer.recorded_kind == "IKVCacheUpdateLayer":
+                cache, update, _ = layer.recorded_inputs
+                length, places = sizes.get(str(update._dims[2]), 0), cache.shape[2]
+                if length > places:
+                    raise ApiError(f"profile {index}: {length} new tokens for {cache.name} of {places} places")
 
 
 def _match(tensor: ITensor, shape: Sequence[int], sizes: dict[str, int], where: str) -> None:

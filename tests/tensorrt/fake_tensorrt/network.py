@@ -258,7 +258,7 @@ class INetworkDefinition:
     # Layers
 
     def add_constant(self, shape: Sequence[int], weights: Weights) -> Any:
-        return IConstantLayer(self, [], shape=tuple(shape), weights=weights)
+        return IConstantLayer(self, [], shape=tuple(shape), weights=weights, _digest=weights._digest())
 
     def add_gather(self, data: ITensor, indices: ITensor, axis: int) -> Any:
         mode = ENUMS["GatherMode"].DEFAULT
@@ -359,7 +359,9 @@ class INetworkDefinition:
                 raise ApiError(f"{what} share the name {twice[0]}")
 
     def _copy_weights(self) -> None:
-        """An engine does not read the memory of weights any more."""
+        """An engine does not read the memory of weights any more; until it is built nobody may change it."""
         for layer in self.recorded_layers:
             if layer.recorded_kind == "IConstantLayer":
+                if layer.weights._digest() != layer._digest:
+                    raise ApiError(f"layer {layer.name}: the memory of its weights was changed before the build")
                 layer._weights_copy = layer.weights._values().clone()

@@ -286,6 +286,8 @@ def kv_cache_update(layer: Any) -> Made:
     )
     for axis, name in ((0, "sequences"), (1, "heads"), (3, "head sizes")):
         _same(cache._dims[axis], update._dims[axis], f"{name} of cache and update")
+    length = update._dims[2]
+    _expect(isinstance(length, str) or length <= places, f"{length} new tokens for a cache of {places} places")  # type: ignore[operator]
     _expect(indices._dims == (batch,), f"write indices have shape {indices._dims}, expected {(batch,)}")
     return cache.dtype, cache._dims, None
 
@@ -310,8 +312,9 @@ def attention(layer: Any) -> Made:
         _expect(layer.causal_kind == none, "a mask beside a causal mask")
         _expect(mask.dtype in (DataType.BOOL, query.dtype), f"the mask is {mask.dtype.name}")
         scores = (query._dims[0], num_heads, query._dims[2], key._dims[2])
-        fits = len(mask._dims) == 4 and all(dim in (1, wanted) for dim, wanted in zip(mask._dims, scores, strict=True))
-        _expect(fits, f"the mask has shape {mask._dims}, expected what can be repeated to {scores}")
+        fits = len(mask._dims) == 4 and mask._dims[2:] == scores[2:]
+        fits = fits and mask._dims[0] in (1, scores[0]) and mask._dims[1] in (1, num_heads)
+        _expect(fits, f"the mask has shape {mask._dims}, expected {scores}, or 1 in place of sequences or heads")
     for name in ("query_lengths", "key_value_lengths", "normalization_quantize_scale"):
         _expect(getattr(layer, name) is None, f"{name} is set, which the fake does not know")
     return query.dtype, query._dims, None

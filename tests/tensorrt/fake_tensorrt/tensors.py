@@ -6,6 +6,7 @@ come from carries its values, in the same form.
 """
 
 import ctypes
+import hashlib
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,10 @@ class Weights:
     @property
     def size(self) -> int:
         return self._count
+
+    def _digest(self) -> str:
+        """Of the numbers in memory now."""
+        return hashlib.sha256(self._values().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
 
     def _values(self) -> torch.Tensor:
         """The numbers in memory now, flat; of INT4 two to a byte, the low nibble first."""
