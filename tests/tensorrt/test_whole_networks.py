@@ -7,6 +7,7 @@ the same dtype. What differs is where a few values are rounded (lowering.py): fl
 from pathlib import Path
 from typing import Any
 
+import interpreter
 import pytest
 import torch
 from checkpoints import write_qwen1_checkpoint, write_qwen2_checkpoint
@@ -30,6 +31,7 @@ from lowered_networks import (
 from weight import load_from_hf_qwen
 
 from tensorrt_llm import Engine, Mapping
+from tensorrt_llm.kernels import quantized_reference
 from tensorrt_llm.models import QWenConfig, QWenForCausalLM
 from tensorrt_llm.tensorrt_backend import building
 from tensorrt_llm.tensorrt_backend.building import build_plan
@@ -40,6 +42,10 @@ from tensorrt_llm.tensorrt_backend.shapes import Shapes
 # Half a unit in the last place is 2^-11 of float16 and 2^-8 of bfloat16. A logit is the end of some ten roundings in
 # each of two layers, of which most add up as random errors do: four units hold them.
 TOLERANCES = {"float32": 1e-5, "float16": 8 * 2**-11, "bfloat16": 8 * 2**-8}
+
+
+# INT8 activations that lie by a half step and go to the other side: a share of what a unit is of a step of 127.
+_MOST_DIFFERING = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.3}
 
 
 def assert_close(errors: torch.Tensor, dtype: str, mode: str) -> None:
@@ -73,6 +79,53 @@ def errors_of(engine: Engine) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", TOLERANCES)
 def test_logits_are_those_of_the_reference(dtype: str, architecture: str, mode: str) -> None:
     assert_close(errors_of(engine_of(architecture, dtype, mode)), dtype, mode)
+
+
+@pytest.mark.parametrize("architecture", ["qwen1", "qwen2-gqa"])
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_logits_of_smooth_quant_follow_from_its_integers(
+    dtype: str, architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the reference's INT8 activations the logits are close as in any other mode.
+
+    Where the network's own differ, the number that was rounded lies by a half step, as close as its error is large.
+    """
+    engine = engine_of(architecture, dtype, "smooth-quant")
+    given = steps(engine.config.vocab_size)
+    integers: list[torch.Tensor] = []
+    quantize, execute = quantized_reference.quantize_tensor, interpreter.EXECUTE["IQuantizeLayer"]
+
+    def recorded(*operands: torch.Tensor) -> torch.Tensor:
+        integers.append(quantize(*operands))
+        return integers[-1]
+
+    monkeypatch.setattr(quantized_reference, "quantize_tensor", recorded)
+    expected = reference_logits(engine, given)
+    rows: list[int] = []  # of the step's tokens among the padded ones
+    counts = [0, 0]  # integers that differ, and all
+
+    def replaced(layer: Any, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        own, wanted = execute(layer, x, scale), integers.pop(0)
+        exact = (x.double() / scale.double())[rows]
+        differing = own[rows] != wanted
+        assert ((exact - exact.floor() - 0.5).abs()[differing] <= 127 * TOLERANCES[dtype]).all()
+        counts[0] += int(differing.sum())
+        counts[1] += differing.numel()
+        own[rows] = wanted
+        return own
+
+    monkeypatch.setitem(interpreter.EXECUTE, "IQuantizeLayer", replaced)
+    network, graph = lowered(engine)
+    caches = empty_caches(engine, len(given[0].ids))
+    found = []
+    for step in given:
+        length = max(map(len, step.ids))
+        rows[:] = [row * length + place for row, ids in enumerate(step.ids) for place in range(len(ids))]
+        found.append(interpret(network, padded_inputs(engine, step) | caches)["logits"])
+    del graph
+    assert not integers, "every activation was quantized once"
+    assert counts[0] <= _MOST_DIFFERING[dtype] * counts[1]
+    assert relative_errors(found, expected).max() <= TOLERANCES[dtype]
 
 
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES.keys() - {"qwen1", "qwen2-gqa"}))
