@@ -151,8 +151,10 @@ def test_a_dataset_is_served_at_every_batch_size_and_compared_with_the_fastest_h
     ratios = [float(row[header.index("x HF")]) for row in rows]
     assert max(ratios[2:]) == 1
     fastest = ratios.index(1.0, 2)
-    assert rows[fastest][header.index("decode x HF")] == "1.00"
-    assert all(float(row[header.index("decode x HF")]) > 0 for row in rows)
+    # Of so few tokens of so small a model one alone may take as long as all of them: then there is no rate of decodes.
+    decode_ratios = [row[header.index("decode x HF")] for row in rows]
+    assert decode_ratios[fastest] in ("1.00", "-")
+    assert all(ratio == "-" or float(ratio) > 0 for ratio in decode_ratios)
     runs = json.loads((tmp_path / "figures.json").read_text())["runs"]
     assert [len(run["run_seconds"]) for run in runs] == [3, 3, 1, 1]
     assert all((run["input_tokens"], run["output_tokens"]) == (31, 16) for run in runs)
