@@ -274,7 +274,7 @@ class Engine:
         """The engine of `rank` in a folder that build.py wrote, checked as `load` does."""
         engine_dir = Path(engine_dir)
         builder_config = read_builder_config(engine_dir)
-        path = engine_path(engine_dir, rank)
+        path = engine_path(engine_dir, builder_config, rank)
         engine = cls.load(path, check_weights=check_weights)
         written = engine.config.to_config_json()["builder_config"]
         for key, value in written.items():
@@ -319,9 +319,8 @@ def _bytes_of(tensor: torch.Tensor, spec: TensorSpec) -> memoryview:
     return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
-def engine_path(engine_dir: Path, rank: int) -> Path:
+def engine_path(engine_dir: Path, builder_config: Mapping[str, Any], rank: int) -> Path:
     """The engine file of `rank` in a folder, by what its config.json says."""
-    builder_config = read_builder_config(engine_dir)
     tp, pp = builder_config["tensor_parallel"], builder_config["pipeline_parallel"]
     middle = f"tp{tp}_pp{pp}" if pp > 1 else f"tp{tp}"
     return engine_dir / f"{builder_config['name']}_{builder_config['precision']}_{middle}_rank{rank}.engine"

@@ -74,7 +74,7 @@ class StepGraphs:
     def logits(self, batch: Batch, room: Room, sampled_ids: torch.Tensor | None) -> torch.Tensor:
         """What the batch's rows give, until the next call overwrites it."""
         graph = self._graphs.get(room) or self._capture_if_due(room)
-        buffer = graph.buffer if graph else StepBuffer(room, self._limits.max_batch_size, self._device)
+        buffer = graph.buffer if graph else self._new_buffer(room)
         buffer.fill(to_arrays(batch, room, self._limits.max_batch_size), sampled_ids)
         if graph:
             graph.captured.replay()
@@ -89,7 +89,10 @@ class StepGraphs:
         """Capture now what would be captured when it comes again."""
         for room in self._seen:
             if room not in self._graphs and self._num_mixed_graphs < _MOST_MIXED_GRAPHS:
-                self._capture(room, StepBuffer(room, self._limits.max_batch_size, self._device))
+                self._capture(room, self._new_buffer(room))
+
+    def _new_buffer(self, room: Room) -> StepBuffer:
+        return StepBuffer(room, self._limits.max_batch_size, self._device)
 
     def _run_in(self, room: Room, buffer: StepBuffer) -> torch.Tensor:
         return self._run(StepInputs(buffer.tensors(), room.shape(self._limits.tokens_per_block)))
@@ -103,7 +106,7 @@ class StepGraphs:
             return None
         if self._num_mixed_graphs == _MOST_MIXED_GRAPHS:
             return None
-        return self._capture(room, StepBuffer(room, self._limits.max_batch_size, self._device))
+        return self._capture(room, self._new_buffer(room))
 
     @property
     def _num_mixed_graphs(self) -> int:

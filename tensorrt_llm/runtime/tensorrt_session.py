@@ -209,11 +209,12 @@ class TensorRtSession:
         dtype = torch_dtype(config.kv_dtype)
         names = cache_names(config)
         needed = len(names) * torch.Size(shape).numel() * dtype.itemsize
-        if self.device.type == "cuda" and needed > torch.cuda.mem_get_info(self.device)[0]:
+        free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else None
+        if free is not None and needed > free:
             raise ValueError(
                 f"the caches of {self._num_slots} sequences of {self._shapes.cache_length} tokens take "
-                f"{needed / 2**30:.2f} GiB, {torch.cuda.mem_get_info(self.device)[0] / 2**30:.2f} GiB are free on "
-                f"{self.device}; give fewer kv_cache_tokens, or build with a smaller --max_batch_size"
+                f"{needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free on {self.device}; give fewer "
+                f"kv_cache_tokens, or build with a smaller --max_batch_size"
             )
         # Of slots that wait for their first sequence, numbers are multiplied by zero as well (see _clear_slot).
         return {name: torch.zeros(shape, dtype=dtype, device=self.device) for name in names}

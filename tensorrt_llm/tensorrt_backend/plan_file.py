@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..engine import EngineConfig, engine_path
+from ..engine import EngineConfig, engine_path, read_builder_config
 from ..plan import Plan
 from .shapes import Shapes
 
@@ -36,7 +36,8 @@ class TensorRtEngine:
     @classmethod
     def from_dir(cls, engine_dir: Path | str, rank: int = 0) -> "TensorRtEngine":
         """The engine of `rank` in a folder that build.py --backend tensorrt wrote; its plan is read when it is run."""
-        path = engine_path(Path(engine_dir), rank).with_suffix(".json")
+        engine_dir = Path(engine_dir)
+        path = engine_path(engine_dir, read_builder_config(engine_dir), rank).with_suffix(".json")
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(data, dict) or data.get("format") != _FORMAT or set(data) != _FIELDS:

@@ -20,8 +20,7 @@ from tensorrt_llm.kernels.cuda import (
     weight_only,
     weight_only_gated_mlp,
 )
-from tensorrt_llm.kernels.cuda.norm import prepare_norm_quantize
-from tensorrt_llm.kernels.cuda.smooth_quant import prepare_quantize_per_token, prepare_quantize_tensor
+from tensorrt_llm.kernels.cuda.smooth_quant import prepare_last_smoother, prepare_quantize_per_token
 from tensorrt_llm.kernels.cuda.weight_only import (
     prepare_weight_only_gated_mlp,
     prepare_weight_only_quant_matmul,
@@ -73,11 +72,11 @@ def test_quantized_rows_equal_the_reference(
     smoother = torch.rand(width, device=device) + 0.5 if has_smoother else None
     static = torch.rand(1, device=device) / 50 + 0.005  # some values lie beyond 127 steps
     if smoother is None:
-        got = *quantize_per_token(x), quantize_tensor(x, *prepare_quantize_tensor(static))
+        got = *quantize_per_token(x), quantize_tensor(x, *prepare_last_smoother(static))
     else:
         got = (
             *quantize_per_token(x, *prepare_quantize_per_token(smoother)),
-            quantize_tensor(x, *prepare_quantize_tensor(static, smoother)),
+            quantize_tensor(x, *prepare_last_smoother(static, smoother)),
         )
     # On the CPU: there torch divides by a number, where on a GPU it multiplies by its inverse.
     x, static, smoother = (None if operand is None else operand.cpu() for operand in (x, static, smoother))
@@ -93,7 +92,7 @@ def test_quantized_norms_are_the_norm_quantized(
     x, y = (torch.randn(tokens, width, device=device) * 3 for _ in range(2))
     weight = torch.rand(width, device=device) + 0.5
     smoother = torch.rand(width, device=device) + 0.5 if has_smoother else None
-    operands = prepare_norm_quantize(weight, smoother, eps=1e-6)
+    operands = prepare_last_smoother(weight, smoother, eps=1e-6)
     total, q, scale = add_rms_norm_quantize(x, y, *operands, eps=1e-6)
     alone, alone_scale = rms_norm_quantize(total, *operands, eps=1e-6)
     assert torch.equal(total, x + y) and torch.equal(q, alone) and torch.equal(scale, alone_scale)

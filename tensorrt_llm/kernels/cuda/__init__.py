@@ -13,10 +13,10 @@ from .attention import GptAttention
 from .batch_invariant import batch_invariant_kernels
 from .gated_mlp import gated_mlp, gated_mlp_by, prepare_gated_mlp
 from .linear import embedding, gather_last_token, matmul, matmul_by
-from .norm import add_rms_norm, add_rms_norm_quantize, prepare_norm_quantize, rms_norm, rms_norm_quantize
+from .norm import add_rms_norm, add_rms_norm_quantize, rms_norm, rms_norm_quantize
 from .smooth_quant import (
+    prepare_last_smoother,
     prepare_quantize_per_token,
-    prepare_quantize_tensor,
     prepare_smooth_quant_gated_mlp,
     quantize_per_token,
     quantize_tensor,
@@ -70,9 +70,9 @@ def cuda_kernels(*, batch_invariant: bool = False, tactics: Tactics | None = Non
         ),
         "weight_only_gated_mlp": Kernel(partial(weight_only_gated_mlp_by, by), prepare=prepare_weight_only_gated_mlp),
         "quantize_per_token": Kernel(quantize_per_token, prepare=prepare_quantize_per_token),
-        "quantize_tensor": Kernel(quantize_tensor, prepare=prepare_quantize_tensor),
-        "rms_norm_quantize": Kernel(rms_norm_quantize, prepare=prepare_norm_quantize),
-        "add_rms_norm_quantize": Kernel(add_rms_norm_quantize, prepare=prepare_norm_quantize),
+        "quantize_tensor": Kernel(quantize_tensor, prepare=prepare_last_smoother),
+        "rms_norm_quantize": Kernel(rms_norm_quantize, prepare=prepare_last_smoother),
+        "add_rms_norm_quantize": Kernel(add_rms_norm_quantize, prepare=prepare_last_smoother),
         "smooth_quant_gemm": Kernel(partial(smooth_quant_gemm_by, by)),
         "smooth_quant_gated_mlp": Kernel(
             partial(smooth_quant_gated_mlp_by, by), prepare=prepare_smooth_quant_gated_mlp

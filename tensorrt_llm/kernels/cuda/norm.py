@@ -65,13 +65,6 @@ def add_rms_norm(
     return total, out
 
 
-def prepare_norm_quantize(
-    weight: torch.Tensor, smoother: torch.Tensor | None = None, *, eps: float
-) -> tuple[torch.Tensor, ...]:
-    """The weight, and the inverse of a smoother."""
-    return (weight,) if smoother is None else (weight, 1 / smoother)
-
-
 def rms_norm_quantize(
     x: torch.Tensor, weight: torch.Tensor, inverse: torch.Tensor | None = None, *, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:

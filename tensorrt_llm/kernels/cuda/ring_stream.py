@@ -337,8 +337,8 @@ def multiply(
     """Fill out [1, n]: x float16 [1, k] times a prepared weight whose planes are of 64 integers; Hopper or later.
 
     The number of rows is a multiple of 16, so that neighbouring scales can be copied 4 bytes at a time. Planes are
-    counted as in resident_stream.py. A program takes num_tiles tiles of row_tile rows, of which
-    each warp has two or more.
+    counted as in resident_stream.py. A program takes num_tiles tiles of row_tile rows, of which each warp has two or
+    more.
     """
     num_groups, num_rows = scale.shape
     _ring_rows[(triton.cdiv(num_rows, row_tile * num_tiles),)](

@@ -134,8 +134,11 @@ def prepare_quantize_per_token(smoother: torch.Tensor) -> tuple[torch.Tensor]:
     return (1 / smoother,)
 
 
-def prepare_quantize_tensor(scale: torch.Tensor, smoother: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
-    return (scale,) if smoother is None else (scale, 1 / smoother)
+def prepare_last_smoother(
+    first: torch.Tensor, smoother: torch.Tensor | None = None, *, eps: float | None = None
+) -> tuple[torch.Tensor, ...]:
+    """Of quantize_tensor and of norms that quantize: a scale or a norm's weight, and the inverse of a smoother."""
+    return (first,) if smoother is None else (first, 1 / smoother)
 
 
 def quantize_per_token(x: torch.Tensor, inverse: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -425,10 +425,10 @@ class _Weight:
 def _choose(tactics: Tactics, op: str, x: torch.Tensor, weight: _Weight) -> Tactic:
     tokens, depth = x.shape
     num_groups, rows = weight.scale.shape
-    shape = MatmulShape(op, rows, depth, x.dtype, weight.bits, num_groups, weight.zero is not None)
-    tactic = tactics.choose(*shape, tokens)
+    facts = op, rows, depth, x.dtype, weight.bits, num_groups, weight.zero is not None
+    tactic = tactics.choose(*facts, tokens)
     if tactic.way in ("resident", "ring") and not has_dependent_launch(x.device):
-        return stream(shape)
+        return stream(MatmulShape(*facts))
     return tactic
 
 
