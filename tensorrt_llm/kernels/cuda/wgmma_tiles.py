@@ -92,6 +92,17 @@ def _plane(words, zeros, scales, INDEX: gl.constexpr, BITS: gl.constexpr, DTYPE:
 
 
 @gluon.jit
+def _copy_words(
+    words_desc, ring, full, slot, first_row, block, ROWS: gl.constexpr, CONSUMERS: gl.constexpr
+):
+    mbarrier.expect(full.index(slot), CONSUMERS * ROWS * PLANE * 2)
+    for consumer in gl.static_range(CONSUMERS):
+        tma.async_copy_global_to_shared(
+            words_desc, [first_row + consumer * ROWS, block * PLANE], full.index(slot),
+            ring.index(slot * CONSUMERS + consumer))
+
+
+@gluon.jit
 def _copy(
     x_desc, words_desc, rings, barriers, place, BITS: gl.constexpr, ROWS: gl.constexpr, CONSUMERS: gl.constexpr,
     TOKEN_TILE: gl.constexpr, X_STAGES: gl.constexpr, WORD_STAGES: gl.constexpr,
@@ -101,16 +112,16 @@ def _copy(
     first_token, first_row, first_block, num_blocks, _ = place
     PLANES: gl.constexpr = 16 // BITS
     gdc_launch_dependents()
+    for i in gl.static_range(WORD_STAGES):
+        if i < num_blocks:
+            _copy_words(words_desc, word_ring, words_full, i, first_row, first_block + i, ROWS, CONSUMERS)
     gdc_wait()
     for i in range(num_blocks):
-        word_slot = i % WORD_STAGES
         block = first_block + i
-        mbarrier.wait(words_empty.index(word_slot), (i // WORD_STAGES) & 1 ^ 1)
-        mbarrier.expect(words_full.index(word_slot), CONSUMERS * ROWS * PLANE * 2)
-        for consumer in gl.static_range(CONSUMERS):
-            tma.async_copy_global_to_shared(
-                words_desc, [first_row + consumer * ROWS, block * PLANE], words_full.index(word_slot),
-                word_ring.index(word_slot * CONSUMERS + consumer))
+        if i >= WORD_STAGES:
+            word_slot = i % WORD_STAGES
+            mbarrier.wait(words_empty.index(word_slot), (i // WORD_STAGES) & 1 ^ 1)
+            _copy_words(words_desc, word_ring, words_full, word_slot, first_row, block, ROWS, CONSUMERS)
         for plane in gl.static_range(PLANES):
             step = i * PLANES + plane
             slot = step % X_STAGES
@@ -154,6 +165,12 @@ def _multiply(
     scales, zeros, next_scales, next_zeros = rows, rows, rows, rows
     if HAS_ZERO and not HAS_GROUPS:
         zeros = gl.load(zero_ptr + rows).to(DTYPE)
+    sum_rows = gl.minimum(own_first + gl.arange(0, ROWS, gl.SliceLayout(1, mma)), num_rows - 1)
+    row_scales, biases = sum_rows, sum_rows
+    if not HAS_GROUPS:
+        row_scales = gl.load(scale_ptr + sum_rows).to(gl.float32)
+    if HAS_BIAS and not IS_SPLIT:
+        biases = gl.load(bias_ptr + sum_rows).to(gl.float32)
     acc = gl.zeros([ROWS, TOKEN_TILE], gl.float32, mma)
     mbarrier.wait(words_full.index(0), 0)
     words = word_ring.index(INDEX).load(left)
@@ -166,6 +183,7 @@ def _multiply(
             zeros = _group_numbers(zero_ptr, group, num_groups, num_rows, rows, DTYPE)
             next_zeros = _group_numbers(zero_ptr, group + 1, num_groups, num_rows, rows, DTYPE)
     a = _plane(words, zeros, scales, 0, BITS, DTYPE, HAS_ZERO, HAS_GROUPS)
+    previous = a
     for i in range(num_blocks):
         for plane in gl.static_range(PLANES):
             step = i * PLANES + plane
@@ -183,20 +201,28 @@ def _multiply(
                         zeros = _group_numbers(zero_ptr, group, num_groups, num_rows, rows, DTYPE)
             mbarrier.wait(x_full.index(slot), (step // X_STAGES) & 1)
             acc = warpgroup_mma(a, x_ring.index(slot).permute([1, 0]), acc, is_async=True)
+            if plane > 0:
+                acc, previous = warpgroup_mma_wait(1, deps=[acc, previous])
+                mbarrier.arrive(x_empty.index((step + X_STAGES - 1) % X_STAGES))
+            previous = a
             if plane + 1 < PLANES:
-                following = _plane(words, zeros, scales, plane + 1, BITS, DTYPE, HAS_ZERO, HAS_GROUPS)
+                a = _plane(words, zeros, scales, plane + 1, BITS, DTYPE, HAS_ZERO, HAS_GROUPS)
             else:
                 word_slot = (i + 1) % WORD_STAGES
                 has_next = i + 1 < num_blocks
                 mbarrier.wait(words_full.index(word_slot), ((i + 1) // WORD_STAGES) & 1, pred=has_next)
                 words = word_ring.index(word_slot * CONSUMERS + INDEX).load(left)
                 mbarrier.arrive(words_empty.index(word_slot), pred=has_next)
-                following = _plane(words, zeros, scales, 0, BITS, DTYPE, HAS_ZERO, HAS_GROUPS)
-            acc, a = warpgroup_mma_wait(0, deps=[acc, a])
-            mbarrier.arrive(x_empty.index(slot))
-            a = following
+                a = _plane(words, zeros, scales, 0, BITS, DTYPE, HAS_ZERO, HAS_GROUPS)
+            if plane + 1 == PLANES:
+                acc, previous = warpgroup_mma_wait(0, deps=[acc, previous])
+                mbarrier.arrive(x_empty.index(slot))
 
     mbarrier.arrive(all_done)
+    if not HAS_GROUPS:
+        acc *= row_scales[:, None]
+    if HAS_BIAS and not IS_SPLIT:
+        acc += biases[:, None]
     mbarrier.wait(all_done, 0)
     gdc_wait()
     stage_layout: gl.constexpr = gl.SwizzledSharedLayout(8, 2, 4, [1, 0])
@@ -206,25 +232,20 @@ def _multiply(
     for piece in gl.static_range(TOKEN_TILE // _PIECE):
         stage.store(gl.permute(pieces[piece], [1, 0]))
         _store_outputs(
-            stage.load(by_row), operands, first_token + piece * _PIECE, own_first, split, HAS_GROUPS, HAS_BIAS,
-            IS_GATED, IS_SPLIT)
+            stage.load(by_row), operands, first_token + piece * _PIECE, own_first, split, IS_GATED,
+            IS_SPLIT)
 
 
 @gluon.jit
 def _store_outputs(
-    sums, operands, first_token, first_row, split, HAS_GROUPS: gl.constexpr, HAS_BIAS: gl.constexpr,
-    IS_GATED: gl.constexpr, IS_SPLIT: gl.constexpr,
+    sums, operands, first_token, first_row, split, IS_GATED: gl.constexpr, IS_SPLIT: gl.constexpr,
 ):
-    scale_ptr, _, bias_ptr, out_ptr, partial_ptr, tokens, num_rows, _ = operands
+    _, _, _, out_ptr, partial_ptr, tokens, num_rows, _ = operands
     layout: gl.constexpr = sums.type.layout
     TOKENS: gl.constexpr = sums.shape[0]
     ROWS: gl.constexpr = sums.shape[1]
     token_ids = first_token + gl.arange(0, TOKENS, gl.SliceLayout(1, layout))
     columns = first_row + gl.arange(0, ROWS, gl.SliceLayout(0, layout))
-    if not HAS_GROUPS:
-        sums *= gl.load(scale_ptr + columns, mask=columns < num_rows, other=0.0).to(gl.float32)[None, :]
-    if HAS_BIAS and not IS_SPLIT:
-        sums += gl.load(bias_ptr + columns, mask=columns < num_rows, other=0.0).to(gl.float32)[None, :]
     if IS_GATED and not IS_SPLIT:
         fc, gate = gl.split(gl.reshape(sums, [TOKENS, ROWS // 2, 2]))
         outputs = fc / (1.0 + gl.exp(-fc)) * gate
@@ -295,12 +316,15 @@ def _wgmma_tiles(
     FIRST: gl.constexpr = 0
     SECOND: gl.constexpr = 1
     THIRD: gl.constexpr = 2
+    FOURTH: gl.constexpr = 3
     if CONSUMERS == 1:
         gl.warp_specialize([(_multiply, (rings, barriers, operands, place, FIRST, BITS, PLANES_PER_GROUP, HAS_ZERO, HAS_BIAS, IS_GATED, IS_SPLIT, ROWS, CONSUMERS, TOKEN_TILE, X_STAGES, WORD_STAGES)), (_copy, (x_desc, words_desc, rings, barriers, place, BITS, ROWS, CONSUMERS, TOKEN_TILE, X_STAGES, WORD_STAGES))], [1], [24])
     elif CONSUMERS == 2:
         gl.warp_specialize([(_multiply, (rings, barriers, operands, place, FIRST, BITS, PLANES_PER_GROUP, HAS_ZERO, HAS_BIAS, IS_GATED, IS_SPLIT, ROWS, CONSUMERS, TOKEN_TILE, X_STAGES, WORD_STAGES)), (_multiply, (rings, barriers, operands, place, SECOND, BITS, PLANES_PER_GROUP, HAS_ZERO, HAS_BIAS, IS_GATED, IS_SPLIT, ROWS, CONSUMERS, TOKEN_TILE, X_STAGES, WORD_STAGES)), (_copy, (x_desc, words_desc, rings, barriers, place, BITS, ROWS, CONSUMERS, TOKEN_TILE, X_STAGES, WORD_STAGES))], [4, 1], [240, 24])
-    else:
+    elif CONSUMERS == 3:
         gl.warp_specialize([(_multiply, (rings, barriers, operands, place, FIRST, BITS, PLANES_PER_GROUP, HAS_ZERO, HAS_BIAS, IS_GATED, IS_SPLIT, ROWS, CONSUMERS, TOKEN_TILE, X_STAGES, WORD_STAGES)), (_multiply, (rings, barriers, operands, place, SECOND, BITS, PLANES_PER_GROUP, HAS_ZERO, HAS_BIAS, IS_GATED, IS_SPLIT, ROWS, CONSUMERS, TOKEN_TILE, X_STAGES, WORD_STAGES)), (_multiply, (rings, barriers, operands, place, THIRD, BITS, PLANES_PER_GROUP, HAS_ZERO, HAS_BIAS, IS_GATED, IS_SPLIT, ROWS, CONSUMERS, TOKEN_TILE, X_STAGES, WORD_STAGES)), (_copy, (x_desc, words_desc, rings, barriers, place, BITS, ROWS, CONSUMERS, TOKEN_TILE, X_STAGES, WORD_STAGES))], [4, 4, 1], [160, 160, 24])
+    else:
+        gl.warp_specialize([(_multiply, (rings, barriers, operands, place, FIRST, BITS, PLANES_PER_GROUP, HAS_ZERO, HAS_BIAS, IS_GATED, IS_SPLIT, ROWS, CONSUMERS, TOKEN_TILE, X_STAGES, WORD_STAGES)), (_multiply, (rings, barriers, operands, place, SECOND, BITS, PLANES_PER_GROUP, HAS_ZERO, HAS_BIAS, IS_GATED, IS_SPLIT, ROWS, CONSUMERS, TOKEN_TILE, X_STAGES, WORD_STAGES)), (_multiply, (rings, barriers, operands, place, THIRD, BITS, PLANES_PER_GROUP, HAS_ZERO, HAS_BIAS, IS_GATED, IS_SPLIT, ROWS, CONSUMERS, TOKEN_TILE, X_STAGES, WORD_STAGES)), (_multiply, (rings, barriers, operands, place, FOURTH, BITS, PLANES_PER_GROUP, HAS_ZERO, HAS_BIAS, IS_GATED, IS_SPLIT, ROWS, CONSUMERS, TOKEN_TILE, X_STAGES, WORD_STAGES)), (_copy, (x_desc, words_desc, rings, barriers, place, BITS, ROWS, CONSUMERS, TOKEN_TILE, X_STAGES, WORD_STAGES))], [4, 4, 4, 1], [112, 112, 112, 24])
 
 
 def multiply(
@@ -321,5 +345,5 @@ def multiply(
         tokens, num_rows, num_blocks, num_groups, triton.cdiv(num_blocks, num_splits),
         BITS=bits, PLANES_PER_GROUP=planes_per_group, HAS_ZERO=zero is not None, HAS_BIAS=bias is not None,
         IS_GATED=is_gated, IS_SPLIT=num_splits > 1, ROWS=rows, CONSUMERS=consumers, TOKEN_TILE=token_tile,
-        X_STAGES=num_stages, WORD_STAGES=word_stages, num_warps=4, maxnreg=168 if consumers == 2 else 128, launch_pdl=True,
+        X_STAGES=num_stages, WORD_STAGES=word_stages, num_warps=4, maxnreg={1: 248, 2: 168, 3: 128, 4: 96}[consumers], launch_pdl=True,
     )
