@@ -217,14 +217,14 @@ def multiply_through_rings(rows: int, depth: int, bits: int) -> Iterator[tuple[s
 
 
 def multiply_on_warpgroups() -> Iterator[tuple[str, Callable[[], None]]]:
-    """Every tile of warpgroups: for the gated MLP in int4, and in splits for a projection with bias."""
+    """Every tile of warpgroups: for the gated MLP in int4, and for a projection with bias, in splits in bfloat16."""
     for (token_tile, row_tile), (bits, dtype) in product(
         ((128, 128), (128, 192), (256, 128)), ((4, torch.float16), (8, torch.float16), (8, torch.bfloat16))
     ):
         is_gated, groups = bits == 4, 4096 // 128 if bits == 4 else 1
         rows, op = (22016, "weight_only_gated_mlp") if is_gated else (4096, "weight_only_quant_matmul")
         shape = MatmulShape(op, rows, 4096, dtype, bits, groups, has_zero=is_gated)
-        tactic = Tactic("wgmma", token_tile, row_tile, num_splits=1 if is_gated else 2)
+        tactic = Tactic("wgmma", token_tile, row_tile, num_splits=2 if dtype == torch.bfloat16 else 1)
         tactics, name = Tactics({(shape, bucket_of(256)): tactic}), dtype_name(dtype)
         words, x = empty(rows, 4096 * bits // 16, dtype=torch.int16), empty(256, 4096, dtype=dtype)
         if is_gated:

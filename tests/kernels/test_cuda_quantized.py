@@ -27,9 +27,9 @@ from tensorrt_llm.kernels.cuda.weight_only import (
     weight_only_gated_mlp_by,
     weight_only_quant_matmul_by,
 )
-from tensorrt_llm.kernels.tactics import MatmulShape, Tactic, Tactics, heuristic
+from tensorrt_llm.kernels.tactics import MatmulShape, Tactic, Tactics, bucket_of, heuristic
 from tensorrt_llm.quantization import QuantizedWeight, quantize_weight
-from tensorrt_llm.quantization.quantize import pack_int4
+from tensorrt_llm.quantization.quantize import integers_of, pack_int4
 
 DTYPES = ("float32", "float16", "bfloat16")
 # Triton's interpreter computes with numpy, which warns where a GPU just gives infinity or an integer of NaN.
@@ -409,6 +409,123 @@ def test_a_gated_mlp_through_a_ring_equals_its_two_matmuls(
     tolerance = 8 * 2 * roundoff("float32") * (32 + depth**0.5)
     torch.testing.assert_close(got[0], wanted, rtol=tolerance, atol=tolerance)
     assert torch.equal(got[0], got[1]) and torch.equal(got[0], got[2]), "the same bits in every run"
+
+
+@pytest.fixture
+def hopper(device: torch.device) -> torch.device:
+    """Elsewhere, products on warpgroups are those of tiles."""
+    if not weight_only.has_warpgroups(device):
+        pytest.skip("warpgroups multiply on compute capability 9.0 only")
+    return device
+
+
+# Tokens and rows of a tile, splits of its depth.
+WARPGROUP_TILES = [(128, 128, 1), (128, 192, 3), (256, 128, 2)]
+
+
+def tactics_of_warpgroups(
+    weight: QuantizedWeight,
+    x: torch.Tensor,
+    tile: tuple[int, int, int],
+    op: str = "weight_only_quant_matmul",
+    rows: int = 0,
+) -> Tactics:
+    (tokens, depth), (token_tile, row_tile, num_splits) = x.shape, tile
+    groups, has_zero = weight.scale.shape[1], weight.zero is not None
+    shape = MatmulShape(op, rows or len(weight.scale), depth, x.dtype, weight.bits, groups, has_zero)
+    tactic = Tactic("wgmma", token_tile, row_tile, num_splits=num_splits)
+    return Tactics({(shape, bucket_of(tokens)): tactic})
+
+
+def in_float16(weight: QuantizedWeight) -> QuantizedWeight:
+    """The weight with scales that float16 holds, as warpgroups take those of groups."""
+    return QuantizedWeight(weight.bits, weight.weight, weight.scale.half().float(), weight.zero)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("tile", WARPGROUP_TILES)
+@pytest.mark.parametrize(
+    ("bits", "rows", "depth", "tokens"),
+    [(8, 416, 4096, 300), (8, 70, 1000, 65), (8, 129, 2304, 512), (4, 300, 1304, 256), (4, 1000, 11008, 100)],
+)
+def test_a_weight_with_a_scale_for_each_row_is_multiplied_exactly_on_warpgroups(
+    hopper: torch.device, bits: int, rows: int, depth: int, tokens: int, tile: tuple[int, int, int], dtype: str
+) -> None:
+    weight = random_weight(rows, depth, bits, 0, dtype == "float16", hopper)
+    weight = weight if dtype == "float16" else QuantizedWeight(bits, weight.weight, weight.scale, None)
+    x = torch.randn(tokens, depth, device=hopper).to(torch_dtype(dtype))
+    bias = torch.randn(rows, device=hopper).to(torch_dtype(dtype))
+    got, wanted = run_weight_only(x, weight, bias, "float32", tactics_of_warpgroups(weight, x, tile))
+    tolerance = roundoff("float32") * (16 + depth)
+    torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("has_zero", [False, True])
+@pytest.mark.parametrize("tile", WARPGROUP_TILES)
+@pytest.mark.parametrize(
+    ("bits", "group_size", "rows", "depth", "tokens"),
+    [
+        (4, 128, 416, 4096, 217),
+        (4, 128, 130, 11008, 100),
+        (4, 64, 70, 448, 65),
+        (4, 192, 200, 1920, 129),  # groups of three planes, where a block has four
+        (4, 512, 336, 2560, 300),
+        (8, 128, 300, 896, 512),
+        (8, 256, 70, 1280, 256),
+    ],
+)
+def test_a_weight_with_scales_of_groups_is_rounded_once_on_warpgroups(
+    hopper: torch.device,
+    bits: int,
+    group_size: int,
+    rows: int,
+    depth: int,
+    tokens: int,
+    tile: tuple[int, int, int],
+    has_zero: bool,
+) -> None:
+    weight = in_float16(random_weight(rows, depth, bits, group_size, has_zero, hopper))
+    x, bias = torch.randn(tokens, depth, device=hopper).half(), torch.randn(rows, device=hopper).half()
+    got, _ = run_weight_only(x, weight, bias, "float32", tactics_of_warpgroups(weight, x, tile))
+    group = torch.arange(depth, device=hopper) // group_size
+    q = integers_of(weight.weight, bits).double()
+    zeros = 0 if weight.zero is None else weight.zero.double()[:, group]
+    widened = ((q - zeros) * weight.scale.double()[:, group]).half()
+    wanted = (x.double() @ widened.double().T + bias.double()).float()
+    tolerance = roundoff("float32") * (16 + depth)
+    torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("bits", "group_size"), [(8, 0), (4, 128)])
+@pytest.mark.parametrize("tile", WARPGROUP_TILES)
+def test_a_gated_mlp_on_warpgroups_equals_its_two_matmuls_in_every_run(
+    hopper: torch.device, bits: int, group_size: int, tile: tuple[int, int, int]
+) -> None:
+    rows, depth, tokens = 1100, 4096, 217
+    fc, gate = (in_float16(random_weight(rows, depth, bits, group_size, False, hopper)) for _ in range(2))
+    x = torch.randn(tokens, depth, device=hopper).half()
+    attributes = dict(bits=bits, has_zero=False, dtype="float32")
+    given = operands(fc) + operands(gate)
+    wanted = quantized_reference.weight_only_gated_mlp(x.double(), *given, **attributes)
+    tactics = tactics_of_warpgroups(fc, x, tile, "weight_only_gated_mlp", 2 * rows)
+    prepared = prepare_weight_only_gated_mlp(*given, **attributes)
+    got = [weight_only_gated_mlp_by(tactics, x, *prepared, **attributes) for _ in range(5)]
+    # Rounded weights of size 1 / sqrt(depth), times factors of up to about 4.
+    tolerance = 8 * (roundoff("float16") * (group_size > 0) + roundoff("float32") * (32 + depth))
+    torch.testing.assert_close(got[0], wanted, rtol=tolerance, atol=tolerance)
+    assert all(torch.equal(got[0], other) for other in got[1:])
+
+
+@pytest.mark.gpu
+def test_x_that_copies_of_tiles_cannot_take_is_multiplied_in_others(hopper: torch.device) -> None:
+    weight = random_weight(70, 1000, 8, 0, False, hopper)
+    x = torch.randn(65 * 1000 + 1, device=hopper).half()[1:].view(65, 1000)
+    got, wanted = run_weight_only(x, weight, None, "float32", tactics_of_warpgroups(weight, x, (128, 128, 1)))
+    tolerance = roundoff("float32") * (16 + 1000)
+    torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("tokens", [1, 5])

@@ -94,6 +94,25 @@ def test_rings_are_candidates_for_float16_in_whole_planes() -> None:
     assert not rings(down._replace(rows=4104)), "scales are not copied 4 bytes at a time"
 
 
+def test_warpgroups_are_candidates_for_many_tokens_in_16_bits_and_whole_planes() -> None:
+    def warpgroups(shape: MatmulShape, tokens: int) -> int:
+        return sum(tactic.way == "wgmma" for tactic in candidates(shape, tokens))
+
+    down = MatmulShape("weight_only_quant_matmul", 4096, 11008, HALF, 4, 86)
+    assert all(warpgroups(down, tokens) >= 3 for tokens in (128, 256, 512, 1024)) and not warpgroups(down, 64)
+    assert warpgroups(down._replace(dtype=torch.bfloat16, num_groups=1), 256)
+    assert not warpgroups(down._replace(dtype=torch.bfloat16), 256), "bfloat16 does not hold scales of float16"
+    assert not warpgroups(down._replace(num_groups=344), 256), "planes of 32 integers"
+    assert not warpgroups(down._replace(depth=11004, num_groups=1), 256), "rows of x do not begin at 16 bytes"
+
+
+@pytest.mark.parametrize(("tokens", "rows", "depth"), [(256, 4096, 4096), (128, 4096, 11008), (217, 12288, 4096)])
+def test_programs_of_warpgroups_run_all_at_once_where_splits_allow_it(tokens: int, rows: int, depth: int) -> None:
+    tactic = heuristic(MatmulShape("weight_only_quant_matmul", rows, depth, HALF, 8), tokens)
+    programs = -(-rows // tactic.row_tile) * -(-tokens // tactic.token_tile) * tactic.num_splits
+    assert tactic.way == "wgmma" and 96 <= programs <= 132
+
+
 def test_a_gated_product_has_both_of_its_rows_in_a_tile() -> None:
     gated = [shape for shape in SHAPES if shape.is_gated]
     tactics = {tactic for shape in gated for tokens in BUCKETS for tactic in candidates(shape, tokens)}

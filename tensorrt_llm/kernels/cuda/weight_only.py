@@ -44,7 +44,6 @@ from .integer_planes import HAS_PTX, integer_plane
 from .kv_pool import dot_dtype
 from .linear import library_matmul
 from .overlap import has_dependent_launch, overlapping, start_next, wait_for_previous
-from .splits import Arrivals
 
 # The bits of one in float32. An integer among the last 23 of them adds its share of one. The kernel takes this as an
 # argument: an instruction has room for one constant, and that is the mask or the choice of bytes.
@@ -500,19 +499,21 @@ def _launch_stream(
     return out
 
 
-# The programs of a launch leave zeros behind, so one for all matmuls will do.
-_ARRIVALS = Arrivals()
-
-
 def _launch_warpgroups(
     x: torch.Tensor, weight: _Weight, bias: torch.Tensor | None, dtype: str, is_gated: bool, tactic: Tactic
 ) -> torch.Tensor:
-    out = _empty_output(x.shape[0], weight, dtype, is_gated, x.device)
-    wgmma_tiles.multiply(
-        x, weight.words, weight.scale, weight.zero, bias, out, _ARRIVALS, bits=weight.bits,
-        planes_per_group=weight.planes_per_group, is_gated=is_gated, token_tile=tactic.token_tile,
-        row_tile=tactic.row_tile, num_splits=tactic.num_splits,
-    )  # fmt: skip
+    tokens = x.shape[0]
+    out = _empty_output(tokens, weight, dtype, is_gated, x.device)
+    layout = dict(bits=weight.bits, planes_per_group=weight.planes_per_group)
+    tile = dict(token_tile=tactic.token_tile, row_tile=tactic.row_tile)
+    operands = x, weight.words, weight.scale, weight.zero
+    num_splits = triton.cdiv(weight.num_blocks, triton.cdiv(weight.num_blocks, tactic.num_splits))  # none is empty
+    if num_splits == 1:
+        wgmma_tiles.multiply(*operands, bias, out, **layout, **tile, is_gated=is_gated, num_splits=1)
+    else:
+        partial_sums = torch.empty((num_splits, tokens, weight.num_rows), dtype=torch.float32, device=x.device)
+        wgmma_tiles.multiply(*operands, None, partial_sums, **layout, **tile, is_gated=False, num_splits=num_splits)
+        _launch_add_splits(partial_sums, bias, out, is_gated)
     return out
 
 

@@ -15,8 +15,7 @@ Integers are multiplied exactly, and the scale of a whole row put on its float32
 is multiplied into the unpacked weight, which that rounds to float16, once: to the bits of a widened weight. Sums of a
 group beside the others would leave registers for half of the tokens.
 
-The depth of a tile may be divided among programs. Each leaves its sums in float32, and which of them comes last adds
-all up in order. Only the counting of arrivals is atomic: who comes last changes no bit.
+The depth of a tile may be divided among programs, whose float32 sums wait for `weight_only._add_splits`.
 
 Written in Gluon, which Triton's interpreter does not have, for compute capability 9.0, the only one with these
 instructions.
@@ -36,7 +35,6 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda.gdc import gdc_launch_dependents, gdc_wait
 
 from ..tactics.tactic import SHARED_BYTES
-from .splits import Arrivals
 
 PLANE = gl.constexpr(64)
 ROWS = gl.constexpr(64)  # of a consumer
@@ -132,7 +130,7 @@ def _produce(
     """Copy all that a tile takes; words, which no kernel of a step writes, before the wait for the previous kernel."""
     x_ring, word_ring = rings
     x_full, x_empty, words_full, words_empty, _ = barriers
-    first_token, first_row, first_block, num_blocks, _, _, _ = place
+    first_token, first_row, first_block, num_blocks, _ = place
     PLANES: gl.constexpr = 16 // BITS
     gdc_launch_dependents()
     for index in gl.static_range(WORD_STAGES):
@@ -170,14 +168,14 @@ def _may_begin_group(plane, planes, planes_per_group):
 @gluon.jit
 def _consume(
     rings, barriers, operands, place, INDEX: gl.constexpr, BITS: gl.constexpr, PLANES_PER_GROUP: gl.constexpr,
-    HAS_ZERO: gl.constexpr, HAS_BIAS: gl.constexpr, IS_GATED: gl.constexpr, IS_SPLIT: gl.constexpr,
+    HAS_ZERO: gl.constexpr, HAS_BIAS: gl.constexpr, IS_GATED: gl.constexpr,
     CONSUMERS: gl.constexpr, TOKEN_TILE: gl.constexpr, X_STAGES: gl.constexpr, WORD_STAGES: gl.constexpr,
 ):  # fmt: skip
     """The rows of consumer INDEX, from the rings to the output."""
     x_ring, word_ring = rings
     x_full, x_empty, words_full, words_empty, all_done = barriers
-    scale_ptr, zero_ptr, bias_ptr, out_ptr, partial_ptr, arrivals_ptr, tokens, num_rows, num_groups = operands
-    first_token, tile_row, first_block, num_blocks, tile, split, num_splits = place
+    scale_ptr, zero_ptr, bias_ptr, out_ptr, tokens, num_rows, num_groups = operands
+    first_token, tile_row, first_block, num_blocks, split = place
     PLANES: gl.constexpr = 16 // BITS
     DTYPE: gl.constexpr = x_ring.dtype
     HAS_GROUPS: gl.constexpr = PLANES_PER_GROUP > 0
@@ -203,8 +201,6 @@ def _consume(
             zeros = gl.load(zero_ptr + rows).to(DTYPE)
     if HAS_BIAS:
         biases = gl.load(bias_ptr + sum_rows).to(gl.float32)
-        if IS_SPLIT:
-            biases = gl.where(split == 0, biases, 0.0)
 
     sums = gl.zeros([ROWS, TOKEN_TILE], gl.float32, mma)
     mbarrier.wait(words_full.index(0), 0)
@@ -255,29 +251,11 @@ def _consume(
         sums += biases[:, None]
     mbarrier.wait(all_done, 0)  # nobody reads x any more, whose ring the sums now pass through
     gdc_wait()
-    staging = x_ring._reinterpret(gl.float32, [CONSUMERS, _PIECE, ROWS], gl.SwizzledSharedLayout(8, 2, 4, [1, 0]))
-    if IS_SPLIT:
-        in_tile = gl.arange(0, ROWS, gl.SliceLayout(1, mma))[:, None] * TOKEN_TILE
-        in_tile += gl.arange(0, TOKEN_TILE, gl.SliceLayout(0, mma))[None, :]
-        partial_ptr += (tile * CONSUMERS + INDEX).to(gl.int64) * (num_splits * ROWS * TOKEN_TILE)
-        arrivals_ptr += tile * CONSUMERS + INDEX
-        gl.store(partial_ptr + split * (ROWS * TOKEN_TILE) + in_tile, sums)
-        gl.thread_barrier()  # one thread counts for all: what the others have stored comes before
-        if gl.atomic_add(arrivals_ptr, 1, sem="acq_rel") == num_splits - 1:
-            gl.store(arrivals_ptr, 0)
-            sums = gl.zeros([ROWS, TOKEN_TILE], gl.float32, mma)
-            for other in range(num_splits):
-                sums += gl.load(partial_ptr + other * (ROWS * TOKEN_TILE) + in_tile)
-            _finish(sums, staging.index(INDEX), out_ptr, first_token, first_row, tokens, num_rows, IS_GATED)
-    else:
-        _finish(sums, staging.index(INDEX), out_ptr, first_token, first_row, tokens, num_rows, IS_GATED)
-
-
-@gluon.jit
-def _finish(sums, staging, out_ptr, first_token, first_row, tokens, num_rows, IS_GATED: gl.constexpr):
-    """Gate sums [rows, tokens], or not, and write them, by way of shared memory: neighbouring rows come to one lane."""
-    NUM_PIECES: gl.constexpr = sums.shape[1] // _PIECE
-    WIDTH: gl.constexpr = 16 if IS_GATED else 8  # so that a lane writes 16 bytes
+    staging_layout: gl.constexpr = gl.SwizzledSharedLayout(8, 2, 4, [1, 0])  # eight rows of four pairs of tokens a warp
+    staging = x_ring._reinterpret(gl.float32, [CONSUMERS, _PIECE, ROWS], staging_layout).index(INDEX)
+    out_ptr += split.to(gl.int64) * tokens * num_rows
+    NUM_PIECES: gl.constexpr = TOKEN_TILE // _PIECE
+    WIDTH: gl.constexpr = 16 if IS_GATED else 8  # so that a lane writes 16 bytes of float16
     by_row: gl.constexpr = gl.BlockedLayout([1, WIDTH], [32 * WIDTH // ROWS, ROWS // WIDTH], [4, 1], [1, 0])
     pieces = _pieces(sums, NUM_PIECES)
     for piece in gl.static_range(NUM_PIECES):
@@ -318,10 +296,10 @@ def _store_outputs(sums, out_ptr, first_token, first_row, tokens, num_rows, IS_G
 
 @gluon.jit(do_not_specialize=["tokens"])
 def _wgmma_tiles(
-    x_desc, words_desc, scale_ptr, zero_ptr, bias_ptr, out_ptr, partial_ptr, arrivals_ptr,
+    x_desc, words_desc, scale_ptr, zero_ptr, bias_ptr, out_ptr,
     tokens, num_rows, num_blocks, num_groups, blocks_per_split,
     BITS: gl.constexpr, PLANES_PER_GROUP: gl.constexpr, HAS_ZERO: gl.constexpr, HAS_BIAS: gl.constexpr,
-    IS_GATED: gl.constexpr, IS_SPLIT: gl.constexpr, CONSUMERS: gl.constexpr, TOKEN_TILE: gl.constexpr,
+    IS_GATED: gl.constexpr, CONSUMERS: gl.constexpr, TOKEN_TILE: gl.constexpr,
     X_STAGES: gl.constexpr, WORD_STAGES: gl.constexpr,
 ):  # fmt: skip
     x_ring = gl.allocate_shared_memory(x_desc.dtype, [X_STAGES, TOKEN_TILE, PLANE], x_desc.layout)
@@ -346,16 +324,10 @@ def _wgmma_tiles(
     split = gl.program_id(2)
     first_block = split * blocks_per_split
     own_blocks = gl.minimum(blocks_per_split, num_blocks - first_block)
-    tile = gl.program_id(1) * gl.num_programs(0) + gl.program_id(0)
     rings = (x_ring, word_ring)
     barriers = (x_full, x_empty, words_full, words_empty, all_done)
-    operands = (
-        scale_ptr, zero_ptr, bias_ptr, out_ptr, partial_ptr, arrivals_ptr, tokens, num_rows, num_groups,
-    )  # fmt: skip
-    place = (
-        gl.program_id(0) * TOKEN_TILE, gl.program_id(1) * (CONSUMERS * ROWS), first_block, own_blocks, tile, split,
-        gl.num_programs(2),
-    )  # fmt: skip
+    operands = (scale_ptr, zero_ptr, bias_ptr, out_ptr, tokens, num_rows, num_groups)
+    place = (gl.program_id(0) * TOKEN_TILE, gl.program_id(1) * (CONSUMERS * ROWS), first_block, own_blocks, split)
     FIRST: gl.constexpr = 0
     SECOND: gl.constexpr = 1
     THIRD: gl.constexpr = 2
@@ -364,11 +336,11 @@ def _wgmma_tiles(
             [
                 (_consume, (
                     rings, barriers, operands, place, FIRST, BITS, PLANES_PER_GROUP, HAS_ZERO, HAS_BIAS, IS_GATED,
-                    IS_SPLIT, CONSUMERS, TOKEN_TILE, X_STAGES, WORD_STAGES,
+                    CONSUMERS, TOKEN_TILE, X_STAGES, WORD_STAGES,
                 )),
                 (_consume, (
                     rings, barriers, operands, place, SECOND, BITS, PLANES_PER_GROUP, HAS_ZERO, HAS_BIAS, IS_GATED,
-                    IS_SPLIT, CONSUMERS, TOKEN_TILE, X_STAGES, WORD_STAGES,
+                    CONSUMERS, TOKEN_TILE, X_STAGES, WORD_STAGES,
                 )),
                 (_produce, (
                     x_desc, words_desc, rings, barriers, place, BITS, CONSUMERS, TOKEN_TILE, X_STAGES, WORD_STAGES,
@@ -382,15 +354,15 @@ def _wgmma_tiles(
             [
                 (_consume, (
                     rings, barriers, operands, place, FIRST, BITS, PLANES_PER_GROUP, HAS_ZERO, HAS_BIAS, IS_GATED,
-                    IS_SPLIT, CONSUMERS, TOKEN_TILE, X_STAGES, WORD_STAGES,
+                    CONSUMERS, TOKEN_TILE, X_STAGES, WORD_STAGES,
                 )),
                 (_consume, (
                     rings, barriers, operands, place, SECOND, BITS, PLANES_PER_GROUP, HAS_ZERO, HAS_BIAS, IS_GATED,
-                    IS_SPLIT, CONSUMERS, TOKEN_TILE, X_STAGES, WORD_STAGES,
+                    CONSUMERS, TOKEN_TILE, X_STAGES, WORD_STAGES,
                 )),
                 (_consume, (
                     rings, barriers, operands, place, THIRD, BITS, PLANES_PER_GROUP, HAS_ZERO, HAS_BIAS, IS_GATED,
-                    IS_SPLIT, CONSUMERS, TOKEN_TILE, X_STAGES, WORD_STAGES,
+                    CONSUMERS, TOKEN_TILE, X_STAGES, WORD_STAGES,
                 )),
                 (_produce, (
                     x_desc, words_desc, rings, barriers, place, BITS, CONSUMERS, TOKEN_TILE, X_STAGES, WORD_STAGES,
@@ -416,7 +388,6 @@ def multiply(
     zero: torch.Tensor | None,
     bias: torch.Tensor | None,
     out: torch.Tensor,
-    arrivals: Arrivals,
     *,
     bits: int,
     planes_per_group: int,
@@ -427,29 +398,23 @@ def multiply(
 ) -> None:
     """Fill out [T, n], or [T, n / 2] if gated: x [T, k] times a prepared weight whose planes are of 64 integers.
 
-    x is float16, with scales of groups in float16 too; or bfloat16, with one scale for a row and no zero point. k is a
-    multiple of 8 and x begins at a multiple of 16 bytes, as copies of tiles want it. Tiles are of 128 or 192 rows by
-    128 tokens, or of 128 by 256.
+    Of more than one split, out is [num_splits, T, n] in float32, and what comes after the sums is left to another
+    kernel. No split is without a block. x is float16, with scales of groups in float16 too; or bfloat16, with one scale
+    for a row and no zero point. k is a multiple of 8 and x begins at a multiple of 16 bytes, as copies of tiles want
+    it. Tiles are of 128 or 192 rows by 128 tokens, or of 128 by 256.
     """
     tokens = x.shape[0]
     num_groups, num_rows = scale.shape
     num_blocks = words.shape[1] // PLANE.value
     consumers = row_tile // ROWS.value
-    grid = triton.cdiv(tokens, token_tile), triton.cdiv(num_rows, row_tile)
-    blocks_per_split = triton.cdiv(num_blocks, num_splits)
-    num_splits = triton.cdiv(num_blocks, blocks_per_split)  # a program without a block would wait for one
-    partial_sums, arrived = out, out  # never read or written as what they are called
-    if num_splits > 1:
-        tiles = grid[0] * grid[1] * consumers
-        partial_sums = torch.empty((tiles, num_splits, ROWS.value, token_tile), dtype=torch.float32, device=x.device)
-        arrived = arrivals.of(tiles, x.device)
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     x_stages, word_stages = _stages(row_tile, token_tile)
-    _wgmma_tiles[(*grid, num_splits)](
+    # Token tiles come first in the grid, so programs that run together share rows of the weight.
+    _wgmma_tiles[(triton.cdiv(tokens, token_tile), triton.cdiv(num_rows, row_tile), num_splits)](
         TensorDescriptor.from_tensor(x, [token_tile, PLANE.value], layout),
         TensorDescriptor.from_tensor(words, [ROWS.value, PLANE.value], layout),
-        scale, zero, bias, out, partial_sums, arrived, tokens, num_rows, num_blocks, num_groups, blocks_per_split,
+        scale, zero, bias, out, tokens, num_rows, num_blocks, num_groups, triton.cdiv(num_blocks, num_splits),
         BITS=bits, PLANES_PER_GROUP=planes_per_group, HAS_ZERO=zero is not None, HAS_BIAS=bias is not None,
-        IS_GATED=is_gated, IS_SPLIT=num_splits > 1, CONSUMERS=consumers, TOKEN_TILE=token_tile, X_STAGES=x_stages,
-        WORD_STAGES=word_stages, num_warps=4, maxnreg=_LAUNCH_REGISTERS[consumers], launch_pdl=True,
+        IS_GATED=is_gated, CONSUMERS=consumers, TOKEN_TILE=token_tile, X_STAGES=x_stages, WORD_STAGES=word_stages,
+        num_warps=4, maxnreg=_LAUNCH_REGISTERS[consumers], launch_pdl=True,
     )  # fmt: skip

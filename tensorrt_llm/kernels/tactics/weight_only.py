@@ -99,12 +99,13 @@ def _fits_ring(shape: MatmulShape, ring: Tactic) -> bool:
     )
 
 
-# Tokens and rows of a tile, and nanoseconds that a program which has an SM for itself takes for a column of the weight.
-# With the microseconds below, for the first column and for sums of splits, that says within 10 % what the products of a
-# 7B model take for 128 to 512 tokens (H100).
-_WARPGROUP_TILES = {(128, 128): 5.8, (128, 192): 8.6, (256, 128): 10.0}
-_FIRST_COLUMN_US, _SPLITS_US = 2.0, 4.0
-_MOST_TOKENS_OF_WARPGROUPS, _MOST_SPLITS_OF_WARPGROUPS = 512, 4
+# Tokens and rows of a tile: microseconds of a program, and for a thousand columns of the weight. With those below, for
+# splits and for each megabyte of sums that they write and read, this says within 10 % what the products of a 7B model
+# take for 128 to 1024 tokens, in int8 and int4 (H100, with programs on most of its 132 SMs).
+_WARPGROUP_TILES = {(128, 128): (2.2, 5.9), (128, 192): (5.0, 7.8), (256, 128): (3.4, 10.6)}
+_SPLITS_US, _MEGABYTE_US, _MOST_SPLITS_OF_WARPGROUPS = 1.5, 0.3, 3
+# Widening a weight takes 250 us for the products of a layer; from here on cuBLAS may make up for that.
+_MOST_TOKENS_OF_WARPGROUPS = 2048
 
 
 def _fits_warpgroups(shape: MatmulShape) -> bool:
@@ -128,13 +129,15 @@ def _warpgroups(shape: MatmulShape, tokens: int) -> list[Tactic]:
 
 
 def _microseconds(shape: MatmulShape, tokens: int, tactic: Tactic) -> float:
-    """What a launch of warpgroups may take: programs of one after another on each of 132 SMs."""
+    """What warpgroups may take, of which an SM has one program after another."""
     programs = -(-tokens // tactic.token_tile) * -(-shape.rows // tactic.row_tile) * tactic.num_splits
     blocks = -(-shape.depth // block_size(shape))
     columns = -(-blocks // tactic.num_splits) * block_size(shape)
-    nanoseconds = _WARPGROUP_TILES[tactic.token_tile, tactic.row_tile]
-    splits = _SPLITS_US if tactic.num_splits > 1 else 0.0
-    return -(-programs // 132) * (_FIRST_COLUMN_US + columns * nanoseconds * 1e-3) + splits
+    first, for_a_thousand = _WARPGROUP_TILES[tactic.token_tile, tactic.row_tile]
+    microseconds = -(-programs // 132) * (first + for_a_thousand * columns / 1000)
+    if tactic.num_splits > 1:
+        microseconds += _SPLITS_US + _MEGABYTE_US * tactic.num_splits * tokens * shape.rows * 8e-6
+    return microseconds
 
 
 def _ring(shape: MatmulShape, row_tile: int, num_stages: int, num_warps: int, programs_per_sm: int | None) -> Tactic:
@@ -224,11 +227,11 @@ def candidates(shape: MatmulShape, tokens: int) -> list[Tactic]:
             # More than 32 sums a lane spill, and tiles of 32 rows, which are too few for wgmma, already do with them.
             if token_tile * rows // (32 * warps) <= 32 and (rows >= 64 or token_tile <= 32)
         ]
-        if tokens > 64 and _fits_warpgroups(shape):
-            found += sorted(_warpgroups(shape, tokens), key=lambda tactic: _microseconds(shape, tokens, tactic))[:5]
         if tokens > 64 and shape.num_groups == 1:
             # Sums of a whole row need no others beside them for a group.
             found += [_tiles(shape, tokens, 128, *numbers, 264) for numbers in ((64, 2, 4), (128, 2, 8), (128, 3, 8))]
+    if tokens > 64 and _fits_warpgroups(shape):
+        found += sorted(_warpgroups(shape, tokens), key=lambda tactic: _microseconds(shape, tokens, tactic))[:5]
     if tokens >= _LEAST_TOKENS_WIDENED:
         found.append(WIDENED)
     return list(dict.fromkeys(found))
