@@ -184,12 +184,14 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def multiply_int4(x: torch.Tensor, dtype: str) -> None:
-    """The gated MLP, with groups of 128 and zero points: 16 blocks of 64 words a row. One token is for a stream."""
+    """The gated MLP, with groups of 128 and zero points: 16 blocks of 64 words a row. For one token it is a stream, for
+    512 the weight is widened.
+    """
     groups, rows = 4096 // 128, 2 * 11008
     scale, zero = empty(groups, rows, dtype=torch.float16), empty(groups, rows, dtype=torch.int16)
     words = empty(rows, 16 * 64, dtype=torch.int16)
     shape = MatmulShape("weight_only_gated_mlp", rows, 4096, x.dtype, 4, groups, has_zero=True)
-    tactics = Tactics({(shape, 1): stream(shape)})
+    tactics = Tactics({(shape, 1): stream(shape), (shape, 512): Tactic("widened")})
     weight_only_gated_mlp_by(tactics, x, words, scale, zero, bits=4, has_zero=True, dtype=dtype)
 
 

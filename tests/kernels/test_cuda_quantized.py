@@ -301,7 +301,9 @@ def test_a_weight_is_widened_in_pieces_for_many_tokens(
     weight = random_weight(70, depth, bits, group_size, True, device)
     bias = torch.randn(70, device=device).to(torch_dtype(dtype))
     x = torch.randn(tokens, depth, device=device).to(torch_dtype(dtype))
-    got, wanted = run_weight_only(x, weight, bias, dtype)
+    shape = MatmulShape("weight_only_quant_matmul", 70, depth, x.dtype, bits, weight.scale.shape[1], has_zero=True)
+    tactics = Tactics({(shape, bucket_of(tokens)): Tactic("widened")})
+    got, wanted = run_weight_only(x, weight, bias, dtype, tactics)
     # Each weight and the result are rounded; the sum of a row's magnitudes is about sqrt(depth).
     tolerance = roundoff(dtype) * (2 + depth**0.5) + roundoff("float32") * depth
     torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)

@@ -504,15 +504,17 @@ def _launch_warpgroups(
 ) -> torch.Tensor:
     tokens = x.shape[0]
     out = _empty_output(tokens, weight, dtype, is_gated, x.device)
-    layout = dict(bits=weight.bits, planes_per_group=weight.planes_per_group)
-    tile = dict(token_tile=tactic.token_tile, row_tile=tactic.row_tile)
-    operands = x, weight.words, weight.scale, weight.zero
     num_splits = triton.cdiv(weight.num_blocks, triton.cdiv(weight.num_blocks, tactic.num_splits))  # none is empty
+    multiply = partial(
+        wgmma_tiles.multiply, x, weight.words, weight.scale, weight.zero, bits=weight.bits,
+        planes_per_group=weight.planes_per_group, token_tile=tactic.token_tile, row_tile=tactic.row_tile,
+        num_splits=num_splits,
+    )  # fmt: skip
     if num_splits == 1:
-        wgmma_tiles.multiply(*operands, bias, out, **layout, **tile, is_gated=is_gated, num_splits=1)
+        multiply(bias, out, is_gated=is_gated)
     else:
         partial_sums = torch.empty((num_splits, tokens, weight.num_rows), dtype=torch.float32, device=x.device)
-        wgmma_tiles.multiply(*operands, None, partial_sums, **layout, **tile, is_gated=False, num_splits=num_splits)
+        multiply(None, partial_sums, is_gated=False)
         _launch_add_splits(partial_sums, bias, out, is_gated)
     return out
 

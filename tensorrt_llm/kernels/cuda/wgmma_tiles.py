@@ -15,6 +15,8 @@ Integers are multiplied exactly, and the scale of a whole row put on its float32
 is multiplied into the unpacked weight, which that rounds to float16, once: to the bits of a widened weight. Sums of a
 group beside the others would leave registers for half of the tokens.
 
+Which tile is best is a matter of how many programs there are for each SM, which holds one: kernels/tactics.
+
 The depth of a tile may be divided among programs, whose float32 sums wait for `weight_only._add_splits`.
 
 Written in Gluon, which Triton's interpreter does not have, for compute capability 9.0, the only one with these
@@ -35,8 +37,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda.gdc import gdc_launch_dependents, gdc_wait
 
 from ..tactics.tactic import SHARED_BYTES
+from .resident_stream import PLANE
 
-PLANE = gl.constexpr(64)
 ROWS = gl.constexpr(64)  # of a consumer
 _PIECE = gl.constexpr(64)  # tokens whose sums pass through shared memory together at the end
 
@@ -168,8 +170,8 @@ def _may_begin_group(plane, planes, planes_per_group):
 @gluon.jit
 def _consume(
     rings, barriers, operands, place, INDEX: gl.constexpr, BITS: gl.constexpr, PLANES_PER_GROUP: gl.constexpr,
-    HAS_ZERO: gl.constexpr, HAS_BIAS: gl.constexpr, IS_GATED: gl.constexpr,
-    CONSUMERS: gl.constexpr, TOKEN_TILE: gl.constexpr, X_STAGES: gl.constexpr, WORD_STAGES: gl.constexpr,
+    HAS_ZERO: gl.constexpr, HAS_BIAS: gl.constexpr, IS_GATED: gl.constexpr, CONSUMERS: gl.constexpr,
+    TOKEN_TILE: gl.constexpr, X_STAGES: gl.constexpr, WORD_STAGES: gl.constexpr,
 ):  # fmt: skip
     """The rows of consumer INDEX, from the rings to the output."""
     x_ring, word_ring = rings
@@ -296,11 +298,11 @@ def _store_outputs(sums, out_ptr, first_token, first_row, tokens, num_rows, IS_G
 
 @gluon.jit(do_not_specialize=["tokens"])
 def _wgmma_tiles(
-    x_desc, words_desc, scale_ptr, zero_ptr, bias_ptr, out_ptr,
-    tokens, num_rows, num_blocks, num_groups, blocks_per_split,
+    x_desc, words_desc, scale_ptr, zero_ptr, bias_ptr, out_ptr, tokens, num_rows, num_blocks, num_groups,
+    blocks_per_split,
     BITS: gl.constexpr, PLANES_PER_GROUP: gl.constexpr, HAS_ZERO: gl.constexpr, HAS_BIAS: gl.constexpr,
-    IS_GATED: gl.constexpr, CONSUMERS: gl.constexpr, TOKEN_TILE: gl.constexpr,
-    X_STAGES: gl.constexpr, WORD_STAGES: gl.constexpr,
+    IS_GATED: gl.constexpr, CONSUMERS: gl.constexpr, TOKEN_TILE: gl.constexpr, X_STAGES: gl.constexpr,
+    WORD_STAGES: gl.constexpr,
 ):  # fmt: skip
     x_ring = gl.allocate_shared_memory(x_desc.dtype, [X_STAGES, TOKEN_TILE, PLANE], x_desc.layout)
     word_ring = gl.allocate_shared_memory(gl.int16, [WORD_STAGES * CONSUMERS, ROWS, PLANE], words_desc.layout)

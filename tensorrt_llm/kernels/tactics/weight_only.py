@@ -104,8 +104,9 @@ def _fits_ring(shape: MatmulShape, ring: Tactic) -> bool:
 # take for 128 to 1024 tokens, in int8 and int4 (H100, with programs on most of its 132 SMs).
 _WARPGROUP_TILES = {(128, 128): (2.2, 5.9), (128, 192): (5.0, 7.8), (256, 128): (3.4, 10.6)}
 _SPLITS_US, _MEGABYTE_US, _MOST_SPLITS_OF_WARPGROUPS = 1.5, 0.3, 3
-# Widening a weight takes 250 us for the products of a layer; from here on cuBLAS may make up for that.
-_MOST_TOKENS_OF_WARPGROUPS = 2048
+# The products of a layer in int8 take 577 us for 1024 tokens and 2577 for 4096; 787 and 2764 with widened weights. From
+# somewhere beyond that on, cuBLAS makes up for the widening.
+_MOST_TOKENS_OF_WARPGROUPS = 4096
 
 
 def _fits_warpgroups(shape: MatmulShape) -> bool:
