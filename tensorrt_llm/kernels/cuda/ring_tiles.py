@@ -12,8 +12,8 @@ whichever program of a tile is the last to arrive adds them in order (as in deco
 arrivals is atomic. The weight is the left operand: that side of a tile has the rows, so few tokens are little padding.
 
     floats     W in x's dtype                                         rows of 16-byte pieces
-    integers   W int8, x int8; the scales of both on the sums         the same
-    words      W int8 or int4 in the layout of weight_only.py, x float16, one scale for each row
+    integers   W int8, x int8; the scales of both on the sums         likewise
+    words      W int8 or int4 in the layout of weight_only.py, x float16; scales of rows, or of groups of their columns
 
 Written in Gluon, which Triton's interpreter does not have.
 """
@@ -23,17 +23,15 @@ Written in Gluon, which Triton's interpreter does not have.
 
 import torch
 import triton
+from torch.utils.weak import WeakTensorKeyDictionary
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from triton.language.extra.cuda.gdc import gdc_launch_dependents, gdc_wait
 
 from ..tactics import Tactic
-from .integer_planes import _two_words_ptx
+from .integer_planes import two_words_ptx
 from .resident_stream import PLANE
-from .splits import Arrivals
-
-_arrivals = Arrivals()
 
 
 @gluon.constexpr_function
@@ -79,7 +77,7 @@ def _copy_tile(
 def _integer_plane(words, INDEX: gl.constexpr, BITS: gl.constexpr):
     """The q of plane INDEX of int16 words in float16, exact, as integer_planes.py has it."""
     plane = gl.inline_asm_elementwise(
-        _two_words_ptx(INDEX, BITS, True), "=r,r", [words], dtype=gl.int16, is_pure=True, pack=2
+        two_words_ptx(INDEX, BITS, True), "=r,r", [words], dtype=gl.int16, is_pure=True, pack=2
     )
     return plane.to(gl.float16, bitcast=True)
 
@@ -97,7 +95,9 @@ def _copy_scales(
         # Beyond the last group x is zero, and any scale will do.
         plane = step * PLANES_PER_STAGE + part * PLANES_PER_SCALE
         group = gl.minimum(plane // PLANES_PER_GROUP, num_groups - 1)
-        async_copy.async_copy_global_to_shared(rings[part].index(slot), ptr + group * num_rows + rows, mask=rows < num_rows)
+        async_copy.async_copy_global_to_shared(
+            rings[part].index(slot), ptr + group * num_rows + rows, mask=rows < num_rows
+        )
 
 
 @gluon.jit
@@ -172,6 +172,7 @@ def _ring_tiles(
     X_DEPTH_TILE: gl.constexpr = DEPTH_TILE * (16 // BITS) if BITS > 0 else DEPTH_TILE
     NUM_STEPS: gl.constexpr = (PITCH + DEPTH_TILE - 1) // DEPTH_TILE
     STEPS_PER_SPLIT: gl.constexpr = (NUM_STEPS + NUM_SPLITS - 1) // NUM_SPLITS
+    LEAST_STEPS: gl.constexpr = NUM_STEPS - (NUM_SPLITS - 1) * STEPS_PER_SPLIT  # those of the last split
     sum_dtype: gl.constexpr = gl.int32 if IS_INTEGER else gl.float32
     K_WIDTH: gl.constexpr = 4 if IS_INTEGER else 2
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[num_warps, 1], instr_shape=[16, 8])
@@ -182,7 +183,9 @@ def _ring_tiles(
     weight_ring = gl.allocate_shared_memory(
         weight_dtype, [NUM_STAGES, ROW_TILE, DEPTH_TILE], _ring_layout(_itemsize(weight_dtype))
     )
-    x_ring = gl.allocate_shared_memory(x_dtype, [NUM_STAGES, TOKEN_TILE, X_DEPTH_TILE], _ring_layout(_itemsize(x_dtype)))
+    x_ring = gl.allocate_shared_memory(
+        x_dtype, [NUM_STAGES, TOKEN_TILE, X_DEPTH_TILE], _ring_layout(_itemsize(x_dtype))
+    )
     scale_rings = ()
     if PLANES_PER_GROUP > 0:
         scale_rings = _allocate_scale_rings(
@@ -193,7 +196,7 @@ def _ring_tiles(
     first_step = split * STEPS_PER_SPLIT
     num_steps = gl.minimum(STEPS_PER_SPLIT, NUM_STEPS - first_step)
     for step in gl.static_range(NUM_STAGES - 1):
-        if step < num_steps:
+        if step < LEAST_STEPS or step < num_steps:
             _copy_weight(
                 weight_ring, scale_rings, weight_ptr, weight_scale_ptr, step, tile, first_step + step, num_rows,
                 num_groups, PITCH, BITS, PLANES_PER_SCALE, PLANES_PER_GROUP, ROW_TILE, DEPTH_TILE, num_warps,
@@ -201,7 +204,7 @@ def _ring_tiles(
         async_copy.commit_group()
     gdc_wait()
     for step in gl.static_range(NUM_STAGES - 1):
-        if step < num_steps:
+        if step < LEAST_STEPS or step < num_steps:
             _copy_tile(
                 x_ring.index(step), x_ptr, 0, tokens - 1, (first_step + step) * X_DEPTH_TILE,
                 X_PITCH, TOKEN_TILE, X_DEPTH_TILE, num_warps,
@@ -238,20 +241,16 @@ def _ring_tiles(
         tile_ptr = partial_ptr + tile.to(gl.int64) * (NUM_SPLITS * ROW_TILE * TOKEN_TILE)
         gl.store(tile_ptr + split * (ROW_TILE * TOKEN_TILE) + places, sums)
         gl.thread_barrier()  # one thread counts for all: what the others have stored comes before
-        if gl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") == NUM_SPLITS - 1:
-            gl.store(arrivals_ptr + tile, 0)
-            sums = gl.zeros([ROW_TILE, TOKEN_TILE], sum_dtype, mma)
-            for part in gl.static_range(NUM_SPLITS):
-                sums += gl.load(tile_ptr + part * (ROW_TILE * TOKEN_TILE) + places)
-            _finish(
-                sums, x_scale_ptr, weight_scale_ptr, bias_ptr, out_ptr, tile, tokens, num_rows, x_scale_stride,
-                TOKEN_TILE, ROW_TILE, PLANES_PER_GROUP == 0, HAS_BIAS, IS_GATED, num_warps,
-            )  # fmt: skip
-    else:
-        _finish(
-            sums, x_scale_ptr, weight_scale_ptr, bias_ptr, out_ptr, tile, tokens, num_rows, x_scale_stride,
-            TOKEN_TILE, ROW_TILE, PLANES_PER_GROUP == 0, HAS_BIAS, IS_GATED, num_warps,
-        )  # fmt: skip
+        if gl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") < NUM_SPLITS - 1:
+            return
+        gl.store(arrivals_ptr + tile, 0)
+        sums = gl.zeros([ROW_TILE, TOKEN_TILE], sum_dtype, mma)
+        for part in gl.static_range(NUM_SPLITS):
+            sums += gl.load(tile_ptr + part * (ROW_TILE * TOKEN_TILE) + places)
+    _finish(
+        sums, x_scale_ptr, weight_scale_ptr, bias_ptr, out_ptr, tile, tokens, num_rows, x_scale_stride,
+        TOKEN_TILE, ROW_TILE, PLANES_PER_GROUP == 0, HAS_BIAS, IS_GATED, num_warps,
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -303,8 +302,9 @@ def multiply(
 ) -> None:
     """Fill out [tokens, n] with x [tokens, k] times weight, as the top of this file has it; Hopper or later.
 
-    `bits` is that of words, else 0. x_scale is float32 [tokens, 1] or [1], weight_scale [n] or [1, n]. Rows of x and
-    of the weight are of whole pieces of 16 bytes. No kernel of the step may have written the weight.
+    `bits` is that of words, else 0, with planes counted as in weight_only.py. x_scale is float32 [tokens, 1] or [1],
+    weight_scale [n], or [groups, n] of words. Rows of x and of the weight are of whole pieces of 16 bytes, and where
+    there are groups the rows are a multiple of 16. No kernel of the step may have written the weight.
     """
     tokens, num_rows = x.shape[0], weight.shape[0]
     num_tiles = triton.cdiv(num_rows, tactic.row_tile)
@@ -312,12 +312,27 @@ def multiply(
     if tactic.num_splits > 1:
         dtype = torch.int32 if x.dtype == torch.int8 else torch.float32
         size = num_tiles * tactic.num_splits * tactic.row_tile * tactic.token_tile
-        partial, arrivals = torch.empty(size, dtype=dtype, device=x.device), _arrivals.of(num_tiles, x.device)
+        partial, arrivals = torch.empty(size, dtype=dtype, device=x.device), _arrivals_of(weight)
     _ring_tiles[(num_tiles, tactic.num_splits)](
         x, x_scale, weight, weight_scale, bias, out, partial, arrivals, tokens, num_rows,
-        weight_scale.shape[0] if bits else 1, 1 if x_scale is not None and x_scale.ndim == 2 else 0,
+        1 if weight_scale is None else weight_scale.shape[0], 0 if x_scale is None or x_scale.ndim == 1 else 1,
         PITCH=weight.shape[1], X_PITCH=x.shape[1], BITS=bits, PLANES_PER_SCALE=planes_per_scale,
         PLANES_PER_GROUP=planes_per_group, TOKEN_TILE=tactic.token_tile, ROW_TILE=tactic.row_tile,
-        DEPTH_TILE=tactic.depth_tile * bits // 16 or tactic.depth_tile, NUM_STAGES=tactic.num_stages, NUM_SPLITS=tactic.num_splits,
-        HAS_BIAS=bias is not None, IS_GATED=is_gated, num_warps=tactic.num_warps, launch_pdl=True,
+        DEPTH_TILE=tactic.depth_tile * bits // 16 if bits else tactic.depth_tile, NUM_STAGES=tactic.num_stages,
+        NUM_SPLITS=tactic.num_splits, HAS_BIAS=bias is not None, IS_GATED=is_gated, num_warps=tactic.num_warps,
+        launch_pdl=True,
     )  # fmt: skip
+
+
+# A weight -> zeros where the programs of a launch count each other, and leave zeros behind. Products with one weight
+# come one after the other, those of two sessions need not; and a captured graph keeps the address.
+_arrivals = WeakTensorKeyDictionary()
+
+
+def _arrivals_of(weight: torch.Tensor) -> torch.Tensor:
+    arrivals: torch.Tensor | None = _arrivals.get(weight)
+    if arrivals is None:
+        smallest_tile = 16
+        count = triton.cdiv(weight.shape[0], smallest_tile)
+        arrivals = _arrivals[weight] = torch.zeros(count, dtype=torch.int32, device=weight.device)
+    return arrivals

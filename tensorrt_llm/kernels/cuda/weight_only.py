@@ -490,8 +490,9 @@ def _launch_tiles(
         return out
     if tactic.way == "ring_tiles":
         ring_tiles.multiply(
-            x, None, weight.words, weight.scale, bias, out, bits=weight.bits, planes_per_scale=_planes_per_scale(weight),
-            planes_per_group=weight.planes_per_group, is_gated=is_gated, tactic=tactic,
+            x, None, weight.words, weight.scale, bias, out, bits=weight.bits,
+            planes_per_scale=_planes_per_scale(weight), planes_per_group=weight.planes_per_group, is_gated=is_gated,
+            tactic=tactic,
         )  # fmt: skip
         return out
     token_tile, row_tile, num_splits = tactic.token_tile, tactic.row_tile, tactic.num_splits
