@@ -28,7 +28,7 @@ from tensorrt_llm.kernels.tactics import MatmulShape, Tactic, Tactics, bucket_of
 from tensorrt_llm.quantization.quantize import pack_int4
 
 pytestmark = pytest.mark.gpu
-TOKENS = (2, 7, 8, 13, 32, 50)
+TOKENS = (2, 8, 13, 32, 50)
 # Rows of a tile, stages, warps, programs of a tile; rows and columns of the weight.
 NUMBERS = ((64, 4, 4, 2), (32, 5, 2, 3), (64, 3, 4, 1), (128, 2, 8, 2))
 SHAPES = ((192, 512), (208, 1408), (4096, 11008), (96, 1296))
