@@ -4,7 +4,8 @@ from pathlib import Path
 
 import torch
 
-from ..engine import Engine, read_builder_config
+from ..engine import Engine
+from ..engine_file import read_builder_config
 from ..tensorrt_backend.api import import_tensorrt
 from ..tensorrt_backend.plan_file import BACKEND, TensorRtEngine
 from .session import Session, pick_device, prepare_device

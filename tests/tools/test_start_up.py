@@ -29,4 +29,4 @@ def test_the_parts_of_a_start_are_timed_and_add_up(tmp_path: Path) -> None:
     assert list(seconds)[1:3] == ["import torch", "import tensorrt_llm"] and list(seconds)[-1] == "token 3"
     # Times are of ticks of 10 ms, and what stands between two parts is in none.
     assert 0.7 * total < sum(seconds.values()) < total + 0.1
-    assert "every weight has its SHA-256" in done.stderr
+    assert "every weight has a SHA-256" in done.stderr
