@@ -17,10 +17,10 @@ from typing import Any
 # A bare checkout works too, as on a GPU machine where nothing is installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from early_check import begin_check  # noqa: E402
+from early_start import begin_start  # noqa: E402
 
-# Before torch is imported, which takes seconds: the weights are checked meanwhile.
-OPENED = begin_check(sys.argv[1:]) if __name__ == "__main__" else None
+# Before torch is imported, which takes seconds: meanwhile weights are checked, and the GPU starts.
+OPENED = begin_start(sys.argv[1:]) if __name__ == "__main__" else None
 
 from chat_prompt import DEFAULT_SYSTEM, make_context, stop_words_for  # noqa: E402
 from command_line import flag, log_level_flag, run_script  # noqa: E402

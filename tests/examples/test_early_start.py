@@ -1,17 +1,21 @@
-"""An engine's weights are checked beside the import of torch, and whatever is wrong is said as without that."""
+"""Weights are checked and the GPU starts beside the import of torch; whatever is wrong is said as without that."""
 
+import ctypes
 import os
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
+import cli_chat
 import pytest
 import run
-from early_check import begin_check
+from early_start import begin_start, wake_gpu
 from models_for_tests import make_engine
 
 from tensorrt_llm import Builder, Engine
+from tensorrt_llm.engine_file import EngineFile
 
 SCRIPTS = Path(run.__file__).parent
 
@@ -48,7 +52,7 @@ def run_script(code: str, path: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("flags", [["--engine_dir", "{}"], ["--engine_dir={}"], ["--top_k", "1", "--engine_dir", "{}"]])
 def test_the_engine_that_the_flags_name_is_the_one_that_is_checked(path: Path, flags: list[str]) -> None:
-    file = begin_check([flag.format(path.parent) for flag in flags])
+    file = begin_start([*(flag.format(path.parent) for flag in flags), "--device", "cpu"])
     assert file and file._check
     assert Engine.from_dir(path.parent, opened=file).file is file and file._is_checked
 
@@ -57,7 +61,7 @@ def test_the_engine_that_the_flags_name_is_the_one_that_is_checked(path: Path, f
 def test_without_an_engine_nothing_is_begun_and_nothing_said(
     flags: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert begin_check(flags) is None
+    assert begin_start(["--device", "cpu", *flags]) is None
     assert capsys.readouterr() == ("", "")
     assert not any(thread.name == "weight digest" for thread in threading.enumerate())
 
@@ -65,22 +69,22 @@ def test_without_an_engine_nothing_is_begun_and_nothing_said(
 @pytest.mark.parametrize("place", [4, 100])
 def test_nothing_is_begun_on_a_file_with_a_damaged_header(path: Path, place: int) -> None:
     damage(path, place)
-    assert begin_check(["--engine_dir", str(path.parent)]) is None
+    assert begin_start(["--engine_dir", str(path.parent), "--device", "cpu"]) is None
 
 
-def test_importing_the_script_opens_nothing() -> None:
-    assert run.OPENED is None
+def test_importing_the_scripts_opens_nothing() -> None:
+    assert run.OPENED is None and cli_chat.OPENED is None
 
 
 def test_the_script_begins_before_torch_is_there(path: Path) -> None:
     code = """
 import runpy, sys
-import early_check
-begin = early_check.begin_check
-def begin_check(argv):
+import early_start
+begin = early_start.begin_start
+def begin_start(argv):
     print("torch" in sys.modules)
     return begin(argv)
-early_check.begin_check = begin_check
+early_start.begin_start = begin_start
 runpy.run_path("run.py", run_name="__main__")
 """
     done = run_script(code, path)
@@ -100,4 +104,63 @@ def test_a_file_of_another_folder_is_refused(path: Path, tmp_path_factory: pytes
     other = tmp_path_factory.mktemp("other")
     (other / "config.json").write_bytes((path.parent / "config.json").read_bytes())
     with pytest.raises(ValueError, match="is open, but the engine of rank 0 in .*other"):
-        Engine.from_dir(other, opened=begin_check(["--engine_dir", str(path.parent)]))
+        Engine.from_dir(other, opened=EngineFile.of_folder(path.parent))
+
+
+# The GPU
+
+
+class Driver:
+    """Stands for libcuda.so.1, on a machine with two GPUs."""
+
+    def __init__(self, cu_init: int = 0) -> None:
+        self._cu_init = cu_init
+        self.contexts: list[int] = []
+
+    def cuInit(self, flags: int) -> int:
+        return self._cu_init
+
+    def cuDeviceGet(self, gpu: Any, ordinal: int) -> int:
+        assert self._cu_init == 0
+        gpu._obj.value = ordinal + 40
+        return 0 if ordinal < 2 else 101
+
+    def cuDevicePrimaryCtxRetain(self, context: Any, gpu: ctypes.c_int) -> int:
+        self.contexts.append(gpu.value)
+        return 0
+
+
+def wake(monkeypatch: pytest.MonkeyPatch, driver: Driver, device: str | None) -> list[int]:
+    """The GPUs that have a context then."""
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: driver)
+    thread = wake_gpu(device)
+    if thread:
+        thread.join()
+    return driver.contexts
+
+
+@pytest.mark.parametrize(
+    ("device", "contexts"),
+    [(None, [40]), ("cuda", [40]), ("cuda:1", [41]), ("cuda:2", []), ("cpu", []), ("cuda:", []), ("cuda:x", [])],
+)
+def test_the_gpu_that_will_be_used_is_the_one_that_starts(
+    monkeypatch: pytest.MonkeyPatch, device: str | None, contexts: list[int]
+) -> None:
+    assert wake(monkeypatch, Driver(), device) == contexts
+
+
+def test_a_driver_without_a_gpu_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert wake(monkeypatch, Driver(cu_init=100), None) == []
+
+
+def test_a_machine_without_a_driver_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str) -> None:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(ctypes, "CDLL", fail)
+    failed: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", failed.append)
+    thread = wake_gpu("cuda")
+    assert thread and thread.daemon
+    thread.join()
+    assert not failed
