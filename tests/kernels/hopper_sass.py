@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -23,7 +24,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from tensorrt_llm.dtype import dtype_name
 from tensorrt_llm.kernels import StepShape
 from tensorrt_llm.kernels.cuda import (
     add_rms_norm,
@@ -37,7 +40,7 @@ from tensorrt_llm.kernels.cuda.attention import GptAttention
 from tensorrt_llm.kernels.cuda.gated_mlp import gated_mlp_by, silu_mul
 from tensorrt_llm.kernels.cuda.smooth_quant import smooth_quant_gated_mlp_by
 from tensorrt_llm.kernels.cuda.weight_only import weight_only_gated_mlp_by, weight_only_quant_matmul_by
-from tensorrt_llm.kernels.tactics import MatmulShape, Tactics, candidates
+from tensorrt_llm.kernels.tactics import MatmulShape, Tactic, Tactics, bucket_of, candidates
 from tensorrt_llm.kernels.tactics.weight_only import stream, tiles
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -62,6 +65,7 @@ KERNELS = (
     ("resident_stream", "_resident_rows"),
     ("ring_stream", "_ring_rows"),
     ("ring_tiles", "_ring_tiles"),
+    ("wgmma_tiles", "_wgmma_tiles"),
     ("smooth_quant", "_quantize"),
     ("smooth_quant", "_stream_rows"),
     ("smooth_quant", "_multiply_tiles"),
@@ -70,6 +74,7 @@ OPTIONS = ("num_warps", "num_stages", "launch_pdl", "maxnreg")
 AS_ON_HOPPER = {
     "overlapping": lambda device, is_early=True: {"OVERLAP": is_early, "launch_pdl": is_early},
     "has_dependent_launch": lambda device: True,
+    "has_warpgroups": lambda device: True,
 }
 PREFILL = StepShape(4096, 2, 2, 4096, 2048, 2048)
 DECODE = StepShape(32, 32, 0, 0, 1, 2048)
@@ -100,6 +105,9 @@ class Recorder:
                 continue
             if isinstance(value, torch.Tensor):
                 signature[parameter.name] = POINTERS[value.dtype]
+            elif isinstance(value, TensorDescriptor):
+                block = f"{POINTERS[value.base.dtype][1:]}{list(value.block_shape)}"
+                signature[parameter.name] = f"tensordesc<{block},{value.layout!r}>"
             else:
                 is_wide = abs(value) >= 2**31
                 signature[parameter.name] = "fp32" if isinstance(value, float) else "i64" if is_wide else "i32"
@@ -235,6 +243,26 @@ def multiply_in_ring_tiles(tokens: int, dtype: torch.dtype, bits: int) -> Iterat
         yield f"ring_tiles_{name}_{bits}_{tokens}_{number}", call
 
 
+def multiply_on_warpgroups() -> Iterator[tuple[str, Callable[[], None]]]:
+    """Every tile of warpgroups: for the gated MLP in int4, and in splits for a projection with bias."""
+    for (token_tile, row_tile), (bits, dtype) in product(
+        ((128, 128), (128, 192), (256, 128)), ((4, torch.float16), (8, torch.float16), (8, torch.bfloat16))
+    ):
+        is_gated, groups = bits == 4, 4096 // 128 if bits == 4 else 1
+        rows, op = (22016, "weight_only_gated_mlp") if is_gated else (4096, "weight_only_quant_matmul")
+        shape = MatmulShape(op, rows, 4096, dtype, bits, groups, has_zero=is_gated)
+        tactic = Tactic("wgmma", token_tile, row_tile, num_splits=1 if is_gated else 2)
+        tactics, name = Tactics({(shape, bucket_of(256)): tactic}), dtype_name(dtype)
+        words, x = empty(rows, 4096 * bits // 16, dtype=torch.int16), empty(256, 4096, dtype=dtype)
+        if is_gated:
+            scale, zero = empty(groups, rows, dtype=torch.float16), empty(groups, rows, dtype=torch.int16)
+            call = partial(weight_only_gated_mlp_by, tactics, x, words, scale, zero, bits=4, has_zero=True, dtype=name)
+        else:
+            weight = words, empty(1, rows), None, empty(rows, dtype=dtype)
+            call = partial(weight_only_quant_matmul_by, tactics, x, *weight, bits=8, has_zero=False, dtype=name)
+        yield f"wgmma_{token_tile}_{row_tile}_int{bits}_{name}", call
+
+
 def multiply_integers(tokens: int, dtype: str) -> None:
     """A projection in W8A8, for one token, or the gated MLP."""
     x, x_scale = empty(tokens, 4096, dtype=torch.int8), empty(tokens, 1)
@@ -289,6 +317,9 @@ def compile_quantized(cases: dict[str, Any]) -> None:
             for case, call in multiply_in_ring_tiles(tokens, dtype, bits):
                 with recording() as cases[case]:
                     call()
+    for case, call in multiply_on_warpgroups():
+        with recording() as cases[case]:
+            call()
     with recording() as cases["resident_float16"]:
         words, x = empty(4096, 32 * 64, dtype=torch.int16), empty(1, 4096, dtype=half)
         weight_only_quant_matmul(x, words, empty(1, 4096), None, None, bits=8, has_zero=False, dtype="float16")

@@ -61,18 +61,18 @@ def test_a_kernel_that_starts_early_reads_only_weights_and_step_inputs_before_it
     }
     assert {kernel for _, kernel in before_wait} == {
         "_stream_rows", "_multiply_tiles", "_rms_norm", "_rope_kv", "_silu_mul", "_quantize", "_decode_one_head",
-        "_combine_splits", "_add_splits", "_resident_rows", "_ring_rows", "_ring_tiles",
+        "_combine_splits", "_add_splits", "_resident_rows", "_ring_rows", "_ring_tiles", "_wgmma_tiles",
     }  # fmt: skip
     writes = [name for name, opcodes in before_wait.items() if any(op.startswith(GLOBAL_WRITES) for op in opcodes)]
     reads = {kernel for (_, kernel), opcodes in before_wait.items() if any(op.startswith("LDG") for op in opcodes)}
     assert not writes and reads == {
         "_stream_rows", "_rms_norm", "_rope_kv", "_quantize", "_decode_one_head", "_resident_rows",
-        "_ring_rows", "_ring_tiles",
+        "_ring_rows", "_ring_tiles", "_wgmma_tiles",
     }  # fmt: skip
 
 
 def test_every_kernel_moves_128_bits_at_a_time(compiled: dict[str, dict[str, Any]]) -> None:
-    wide = ("LDG.E.128", "LDG.E.EF.128", "LDGSTS.E.BYPASS.128", "LDGSTS.E.128")
+    wide = ("LDG.E.128", "LDG.E.EF.128", "LDGSTS.E.BYPASS.128", "LDGSTS.E.128", "UTMALDG.2D")
     narrow = [
         (case, kernel)
         for case, kernels in compiled.items()
@@ -156,6 +156,19 @@ def test_ring_tiles_are_filled_before_the_wait_and_share_an_sm(compiled: dict[st
         assert facts["registers"] <= 200, case
         assert count(facts, "HMMA.16816.F32", "IMMA.16832.S8.S8") >= 8, case
         assert count(facts, "LDSM") >= 4 and count(facts, "I2F") <= 32, case
+
+
+def test_products_on_warpgroups_do_not_wait_for_each_other(compiled: dict[str, dict[str, Any]]) -> None:
+    tiles = {case: facts["_wgmma_tiles"] for case, facts in compiled.items() if case.startswith("wgmma_")}
+    assert len(tiles) == 9
+    for case, facts in tiles.items():
+        _, token_tile, row_tile, bits, _ = case.split("_")
+        consumers, planes = int(row_tile) // 64, 16 // int(bits.removeprefix("int"))
+        assert count(facts, f"HGMMA.64x{token_tile}x16.F32") == consumers * planes * 4, case
+        # A wait for each plane and a few around the loop; the compiler's own would come behind each instruction.
+        assert count(facts, "WARPGROUP.DEPBAR") <= consumers * planes, case
+        assert count(facts, "STG.E.128") >= 4 and count(facts, "I2F") <= 8 * consumers, case
+        assert facts["registers"] * 32 * 4 * (consumers + 1) <= 65536 and facts["shared"] <= 227 * 1024, case
 
 
 def test_integers_are_multiplied_as_integers(compiled: dict[str, Any]) -> None:

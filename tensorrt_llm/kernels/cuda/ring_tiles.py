@@ -23,7 +23,6 @@ Written in Gluon, which Triton's interpreter does not have.
 
 import torch
 import triton
-from torch.utils.weak import WeakTensorKeyDictionary
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
@@ -32,6 +31,7 @@ from triton.language.extra.cuda.gdc import gdc_launch_dependents, gdc_wait
 from ..tactics import Tactic
 from .integer_planes import two_words_ptx
 from .resident_stream import PLANE
+from .splits import arrivals_of
 
 
 @gluon.constexpr_function
@@ -312,7 +312,7 @@ def multiply(
     if tactic.num_splits > 1:
         dtype = torch.int32 if x.dtype == torch.int8 else torch.float32
         size = num_tiles * tactic.num_splits * tactic.row_tile * tactic.token_tile
-        partial, arrivals = torch.empty(size, dtype=dtype, device=x.device), _arrivals_of(weight)
+        partial, arrivals = torch.empty(size, dtype=dtype, device=x.device), arrivals_of(weight, num_tiles)
     _ring_tiles[(num_tiles, tactic.num_splits)](
         x, x_scale, weight, weight_scale, bias, out, partial, arrivals, tokens, num_rows,
         1 if weight_scale is None else weight_scale.shape[0], 0 if x_scale is None or x_scale.ndim == 1 else 1,
@@ -322,17 +322,3 @@ def multiply(
         NUM_SPLITS=tactic.num_splits, HAS_BIAS=bias is not None, IS_GATED=is_gated, num_warps=tactic.num_warps,
         launch_pdl=True,
     )  # fmt: skip
-
-
-# A weight -> zeros where the programs of a launch count each other, and leave zeros behind. Products with one weight
-# come one after the other, those of two sessions need not; and a captured graph keeps the address.
-_arrivals = WeakTensorKeyDictionary()
-
-
-def _arrivals_of(weight: torch.Tensor) -> torch.Tensor:
-    arrivals: torch.Tensor | None = _arrivals.get(weight)
-    if arrivals is None:
-        smallest_tile = 16
-        count = triton.cdiv(weight.shape[0], smallest_tile)
-        arrivals = _arrivals[weight] = torch.zeros(count, dtype=torch.int32, device=weight.device)
-    return arrivals

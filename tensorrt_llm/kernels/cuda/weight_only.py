@@ -13,9 +13,10 @@ Scales and zeros are [groups, n]. Rows of fc and gate take turns (epilogue.py).
 Three ways to multiply, chosen by the number of tokens (kernels/tactics): rows of weight streamed through float32 FMAs,
 where a trick that saves conversions leaves 16 bits of a product (`_times_integers`); tensor cores on integers, which
 float16 and bfloat16 both hold exactly, with the scale put on the float32 sum of a group; and, where the weight is read
-often enough to pay, and always in float32, cuBLAS on a weight widened in memory. Only that third one rounds the weight,
-to x's dtype: to 11 bits in float16, 8 in bfloat16, as x itself was rounded when it came to be. Two more, for one token,
-are resident_stream.py's, for a weight of few rows, and ring_stream.py's.
+often enough to pay, and always in float32, cuBLAS on a weight widened in memory. That third one rounds the weight, to
+x's dtype: to 11 bits in float16, 8 in bfloat16, as x itself was rounded when it came to be. Two more, for one token,
+are resident_stream.py's, for a weight of few rows, and ring_stream.py's. One for 65 tokens and more, wgmma_tiles.py's,
+rounds a weight with scales of groups as the third one does, and no other weight.
 A row of x has the same bits in any batch that is multiplied the same way.
 """
 
@@ -24,7 +25,7 @@ A row of x has the same bits in any batch that is multiplied the same way.
 
 import math
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -36,8 +37,8 @@ from ...dtype import dtype_name, torch_dtype
 from ...quantization.quantize import integers_of
 from ..quantized_reference import split_optional
 from ..tactics import MatmulShape, Tactic, Tactics
-from ..tactics.weight_only import plane_size, stream, tiles
-from . import resident_stream, ring_stream, ring_tiles
+from ..tactics.weight_only import plane_size, stream, tiles, without_warpgroups
+from . import resident_stream, ring_stream, ring_tiles, wgmma_tiles
 from .epilogue import interleaved, store_outputs, tile_rows
 from .integer_planes import HAS_PTX, integer_plane
 from .kv_pool import dot_dtype
@@ -431,7 +432,24 @@ def _choose(tactics: Tactics, op: str, x: torch.Tensor, weight: _Weight) -> Tact
         return stream(MatmulShape(*facts))
     if tactic.way == "ring_tiles" and not has_dependent_launch(x.device):
         return tiles(MatmulShape(*facts), tokens)
+    if tactic.way == "wgmma" and not _takes_warpgroups(x, weight):
+        return without_warpgroups(MatmulShape(*facts), tokens)
     return tactic
+
+
+def _takes_warpgroups(x: torch.Tensor, weight: _Weight) -> bool:
+    """Whether the GPU has the instructions, x lies where its copies begin, and no scale is rounded before a product."""
+    return (
+        has_warpgroups(x.device)
+        and x.data_ptr() % 16 == 0
+        and (weight.num_groups == 1 or weight.scale.dtype == torch.float16)
+    )
+
+
+@cache
+def has_warpgroups(device: torch.device) -> bool:
+    """Whether `device` has the instructions of wgmma_tiles.py: only Hopper does."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def _multiply(
@@ -442,6 +460,8 @@ def _multiply(
         return _multiply_widened(x, weight, bias, dtype, is_gated)
     if tactic.way in ("stream", "resident", "ring"):
         return _launch_stream(x, weight, bias, dtype, is_gated, tactic)
+    if tactic.way == "wgmma":
+        return _launch_warpgroups(x, weight, bias, dtype, is_gated, tactic)
     return _launch_tiles(x, weight, bias, dtype, is_gated, tactic)
 
 
@@ -477,6 +497,18 @@ def _launch_stream(
         X_DTYPE=tl.float16 if x.dtype == torch.float16 else tl.bfloat16,
         PLANES_PER_SCALE=_planes_per_scale(weight), **weight.layout, HAS_BIAS=bias is not None, IS_GATED=is_gated,
         num_warps=tactic.num_warps, **overlapping(x.device),
+    )  # fmt: skip
+    return out
+
+
+def _launch_warpgroups(
+    x: torch.Tensor, weight: _Weight, bias: torch.Tensor | None, dtype: str, is_gated: bool, tactic: Tactic
+) -> torch.Tensor:
+    out = _empty_output(x.shape[0], weight, dtype, is_gated, x.device)
+    wgmma_tiles.multiply(
+        x, weight.words, weight.scale, weight.zero, bias, out, bits=weight.bits,
+        planes_per_group=weight.planes_per_group, is_gated=is_gated, token_tile=tactic.token_tile,
+        row_tile=tactic.row_tile, num_splits=tactic.num_splits,
     )  # fmt: skip
     return out
 
