@@ -1,17 +1,7 @@
-"""The engine: one data-only file per rank, and config.json beside the files. Writes, reads and checks them.
+"""The engine: one data-only file per rank, and config.json beside the files. Writes them, and checks what they say.
 
-An engine file is a valid safetensors file [1]: u64 header length, JSON header, tensors. Weights lie there in one
-canonical layout ([out, in] for matrices); kernels make their own layouts at load. The header's metadata holds
-
-    format, format_version   what this is
-    engine                   JSON: the config (model facts, mapping, limits) and the plan
-    weights_sha256           JSON: weight name -> SHA-256 of its bytes
-    header_sha256            SHA-256 of the header with this digest written as zeros
-
-so a flipped bit anywhere is found, and found before anything is used (weights: weight_file.py). No code, no pickle.
-What a GPU measured, and may measure later, lies in a file of its own beside it: timings.py. Knows no kernel.
-
-[1] https://github.com/huggingface/safetensors, section "Format".
+The file holds the config, the plan and the weights, in the form that engine_file.py describes. What a GPU measured, and
+may measure later, lies in a file of its own beside it: timings.py. Knows no kernel.
 """
 
 import hashlib
@@ -20,6 +10,7 @@ import os
 import struct
 import sys
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -30,14 +21,13 @@ import torch
 
 from .disk import check_room
 from .dtype import PRECISIONS, itemsize, torch_dtype
+from .engine_file import FORMAT, FORMAT_VERSION, ZERO_DIGEST, EngineFile, engine_path, naming, read_builder_config
 from .limits import LARGEST_COUNT, Limits
 from .plan import Plan, TensorSpec
 from .quantization.mode import QuantMode
 from .verdict import Verdict
+from .weight_digests import num_threads, piece_digest, pieces_of, weight_digest
 from .weight_file import WeightFile
-
-FORMAT = "tensorrt_llm.engine"
-FORMAT_VERSION = "3"
 
 _SAFETENSORS_DTYPES = {
     "float32": "F32",
@@ -58,9 +48,6 @@ _STEP_INPUTS = {
     "block_tables",
     "last_token_ids",
 }
-_ZERO_DIGEST = "0" * 64
-# The plan of an 80-layer model takes 0.5 MB; a length beyond this is a lie, not a header.
-_MAX_HEADER_BYTES = 64 << 20
 # Weights start here and at each header length that is a multiple of it: enough for any aligned load.
 _ALIGNMENT = 256
 
@@ -206,12 +193,16 @@ class Engine:
 
     @property
     def path(self) -> Path | None:
+        return self.file.path if self.file else None
+
+    @property
+    def file(self) -> EngineFile | None:
         """The file that it was read from."""
-        return self.weights.path if isinstance(self.weights, WeightFile) else None
+        return self.weights.file if isinstance(self.weights, WeightFile) else None
 
     def checking_weights(self) -> AbstractContextManager[None]:
         """Weights of a file that nobody has checked yet are checked while the body runs."""
-        return self.weights.checking() if isinstance(self.weights, WeightFile) else nullcontext()
+        return self.file.checking() if self.file else nullcontext()
 
     def save(self, path: Path, on_weight: Callable[[str], None] = lambda name: None) -> None:
         """Write the engine file; `on_weight` hears each weight's name before it is read.
@@ -232,18 +223,20 @@ class Engine:
             partial.unlink(missing_ok=True)
 
     def _write(self, file: Any, on_weight: Callable[[str], None]) -> None:
-        digests = {spec.name: _ZERO_DIGEST for spec in self.plan.weights}
+        digests = {spec.name: ZERO_DIGEST for spec in self.plan.weights}
         header = self._header(digests)
         file.write(struct.pack("<Q", len(header)) + header)
         for spec in self.plan.weights:
             on_weight(spec.name)
             data = _bytes_of(self.weights[spec.name], spec)
-            digests[spec.name] = hashlib.sha256(data).hexdigest()
-            file.write(data)
+            with ThreadPoolExecutor(num_threads()) as pool:  # one for each weight: its threads end and hold nothing
+                piece_digests = pool.map(piece_digest, pieces_of(data))
+                file.write(data)
+            digests[spec.name] = weight_digest(piece_digests)
             del data  # before the next one is read
         header = self._header(digests)
         file.seek(8)
-        file.write(header.replace(_ZERO_DIGEST.encode(), hashlib.sha256(header).hexdigest().encode()))
+        file.write(header.replace(ZERO_DIGEST.encode(), hashlib.sha256(header).hexdigest().encode()))
 
     def _header(self, digests: dict[str, str]) -> bytes:
         """The JSON header, as long for any digests, with zeros for its own."""
@@ -254,7 +247,7 @@ class Engine:
                 # Not sorted: marks are in the order of the network.
                 "engine": json.dumps({"config": asdict(self.config), "plan": self.plan.to_dict()}),
                 "weights_sha256": json.dumps(digests, sort_keys=True),
-                "header_sha256": _ZERO_DIGEST,
+                "header_sha256": ZERO_DIGEST,
             }
         }
         begin = 0
@@ -270,12 +263,16 @@ class Engine:
         return header + b" " * (-(len(header) + 8) % _ALIGNMENT)
 
     @classmethod
-    def from_dir(cls, engine_dir: Path | str, rank: int = 0, *, check_weights: bool = True) -> "Engine":
-        """The engine of `rank` in a folder that build.py wrote, checked as `load` does."""
+    def from_dir(
+        cls, engine_dir: Path | str, rank: int = 0, *, check_weights: bool = True, opened: EngineFile | None = None
+    ) -> "Engine":
+        """The engine of `rank` in a folder that build.py wrote, checked as `load` does; `opened` is its file."""
         engine_dir = Path(engine_dir)
         builder_config = read_builder_config(engine_dir)
         path = engine_path(engine_dir, builder_config, rank)
-        engine = cls.load(path, check_weights=check_weights)
+        if opened and opened.path != path:
+            raise ValueError(f"{opened.path} is open, but the engine of rank {rank} in {engine_dir} is {path.name}")
+        engine = cls.of_file(opened or EngineFile(path), check_weights=check_weights)
         written = engine.config.to_config_json()["builder_config"]
         for key, value in written.items():
             if key in builder_config and _as_json(builder_config[key]) != _as_json(value):
@@ -291,21 +288,17 @@ class Engine:
 
         Without `check_weights` their digests are left to what uses them first: Session and walk check them.
         """
-        path = Path(path)
-        try:
-            if not path.is_file():
-                raise ValueError("no such engine file")
-            header, data_start = _read_header(path)
-            config, plan, digests = _read_metadata(header)
-            offsets = _check_tensors(header, plan, data_start, path.stat().st_size)
-            if set(digests) != set(offsets):
-                raise ValueError("weights_sha256 names other weights than the file holds")
+        return cls.of_file(EngineFile(Path(path)), check_weights=check_weights)
+
+    @classmethod
+    def of_file(cls, file: EngineFile, *, check_weights: bool = True) -> "Engine":
+        with naming(file.path):
+            config, plan = _read_engine(file)
+            _check_tensors(file, plan)
             _check_facts(config, plan)
-            weights = WeightFile(path, plan.weights, offsets, digests)
-        except (ValueError, OSError, RecursionError) as error:
-            raise ValueError(f"{path}: {error}") from error
+            weights = WeightFile(file, plan.weights)
         if check_weights:
-            weights.check()
+            file.check()
         return cls(config, plan, weights)
 
 
@@ -319,88 +312,15 @@ def _bytes_of(tensor: torch.Tensor, spec: TensorSpec) -> memoryview:
     return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
-def engine_path(engine_dir: Path, builder_config: Mapping[str, Any], rank: int) -> Path:
-    """The engine file of `rank` in a folder, by what its config.json says."""
-    tp, pp = builder_config["tensor_parallel"], builder_config["pipeline_parallel"]
-    middle = f"tp{tp}_pp{pp}" if pp > 1 else f"tp{tp}"
-    return engine_dir / f"{builder_config['name']}_{builder_config['precision']}_{middle}_rank{rank}.engine"
-
-
-def read_builder_config(engine_dir: Path) -> dict[str, Any]:
-    """The builder_config of an engine folder, with the keys that lead to its files."""
-    path = engine_dir / "config.json"
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(
-            f"{path}: cannot be read ({error.strerror}); is {path.parent} a folder that build.py wrote?"
-        ) from error
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested without end
-        raise ValueError(f"{path}: not JSON ({error})") from error
-    section = data.get("builder_config") if isinstance(data, dict) else None
-    if not isinstance(section, dict):
-        raise ValueError(f"{path}: has no object builder_config")
-    for key, kind in (("name", str), ("precision", str), ("tensor_parallel", int), ("pipeline_parallel", int)):
-        if not isinstance(section.get(key), kind):
-            found = shortened(section.get(key))
-            raise ValueError(f"{path}: builder_config.{key} is {found}, expected {kind.__name__}")
-    for key in ("name", "precision"):
-        if not section[key].isidentifier():
-            raise ValueError(f"{path}: builder_config.{key} is {shortened(section[key])}, expected a plain name")
-    return section
-
-
-def _read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """The JSON header, its own digest checked, and where the data begins."""
-    file_size = path.stat().st_size
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        if len(prefix) < 8:
-            raise ValueError(f"file has {file_size} bytes, too few for an engine")
-        (length,) = struct.unpack("<Q", prefix)
-        if not 2 <= length <= min(_MAX_HEADER_BYTES, file_size - 8):
-            raise ValueError(f"header length is {length}, expected 2 to {min(_MAX_HEADER_BYTES, file_size - 8)}")
-        raw = file.read(length)
-    try:
-        header = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"header is not JSON ({error})") from error
-    metadata = header.pop("__metadata__", None) if isinstance(header, dict) else None
-    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
-        found = metadata.get("format") if isinstance(metadata, dict) else None
-        raise ValueError(f"format is {found!r}, expected {FORMAT!r}: not an engine of this project")
-    if metadata.get("format_version") != FORMAT_VERSION:
-        found = metadata.get("format_version")
-        raise ValueError(f"format_version is {found!r}, this version reads {FORMAT_VERSION!r}; rebuild the engine")
-    digest = metadata.get("header_sha256")
-    if not isinstance(digest, str) or len(digest) != 64 or raw.count(digest.encode()) != 1:
-        raise ValueError(f"header_sha256 is {digest!r}, expected one SHA-256 in hex")
-    computed = hashlib.sha256(raw.replace(digest.encode(), _ZERO_DIGEST.encode())).hexdigest()
-    if computed != digest:
-        raise ValueError(f"header has SHA-256 {computed}, expected {digest}: the file was altered or damaged")
-    header["__metadata__"] = metadata
-    return header, 8 + length
-
-
-def _read_metadata(header: dict[str, Any]) -> tuple[EngineConfig, Plan, dict[str, str]]:
-    metadata = header.pop("__metadata__")
-    parsed = {}
-    for key in ("engine", "weights_sha256"):
-        try:
-            parsed[key] = json.loads(metadata.get(key, ""))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"metadata {key} is not JSON ({error})") from error
-        if not isinstance(parsed[key], dict):
-            raise ValueError(f"metadata {key} is {type(parsed[key]).__name__}, expected an object")
-    engine = parsed["engine"]
+def _read_engine(file: EngineFile) -> tuple[EngineConfig, Plan]:
+    engine = file.metadata_object("engine")
     if set(engine) != {"config", "plan"}:
         raise ValueError(f"metadata engine has {sorted(engine)}, expected config and plan")
-    return EngineConfig.from_dict(engine["config"]), Plan.from_dict(engine["plan"]), parsed["weights_sha256"]
+    return EngineConfig.from_dict(engine["config"]), Plan.from_dict(engine["plan"])
 
 
-def _check_tensors(header: dict[str, Any], plan: Plan, data_start: int, file_bytes: int) -> dict[str, int]:
-    """Where each weight begins in the file; the header's tensors must be the plan's, side by side, and fill it."""
-    offsets: dict[str, int] = {}
+def _check_tensors(file: EngineFile, plan: Plan) -> None:
+    """The file's tensors must be the plan's, side by side, and fill it; and each must have a digest."""
     begin = 0
     for spec in plan.weights:
         if spec.dtype not in _SAFETENSORS_DTYPES:
@@ -411,18 +331,19 @@ def _check_tensors(header: dict[str, Any], plan: Plan, data_start: int, file_byt
             "shape": list(spec.shape),
             "data_offsets": [begin, end],
         }
-        if header.get(spec.name) != expected:
-            raise ValueError(f"tensor {spec.name} is {shortened(header.get(spec.name))}, expected {expected}")
-        offsets[spec.name] = data_start + begin
+        if file.tensors.get(spec.name) != expected:
+            raise ValueError(f"tensor {spec.name} is {shortened(file.tensors.get(spec.name))}, expected {expected}")
         begin = end
-    surplus = sorted(set(header) - set(offsets))
+    surplus = sorted(set(file.tensors) - {spec.name for spec in plan.weights})
     if surplus:
         raise ValueError(f"header holds tensors that the plan does not name: {', '.join(surplus[:5])}")
-    if data_start + begin != file_bytes:
+    if file.data_start + begin != file.num_bytes:
         raise ValueError(
-            f"weights take {begin} bytes, the file holds {file_bytes - data_start}: truncated or of another engine"
+            f"weights take {begin} bytes, the file holds {file.num_bytes - file.data_start}: "
+            f"truncated or of another engine"
         )
-    return offsets
+    if set(file.metadata_object("weights_sha256")) != set(file.tensors):
+        raise ValueError("weights_sha256 names other weights than the file holds")
 
 
 def _check_facts(config: EngineConfig, plan: Plan) -> None:

@@ -9,7 +9,6 @@ Opening an engine checks all of it: what is printed here has passed. Knows no ke
 import argparse
 import json
 import signal
-import struct
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from .engine import Engine, EngineConfig
+from .engine_file import EngineFile
 from .plan import Plan, TensorSpec
 from .quantization.mode import QuantMode
 from .timings import GpuTimings, MatmulTiming, read_timings
@@ -50,32 +50,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-@dataclass(frozen=True)
-class EngineFile:
-    """A file whose header and weights all have the digests that it states."""
-
-    path: Path
-    num_bytes: int
-    header_sha256: str
-
-    @classmethod
-    def of(cls, path: Path) -> "EngineFile":
-        """Of a file that Engine has opened: its header is read once more for its digest."""
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
-        return cls(path, path.stat().st_size, header["__metadata__"]["header_sha256"])
-
-
 def open_files(path: Path) -> tuple[list[EngineFile], Engine]:
     """Check the file, or the files of all ranks of a folder; the engine that is shown is that of the first."""
     if not path.is_dir():
-        engine = Engine.load(path)
-        return [EngineFile.of(path)], engine
-    first = Engine.from_dir(path)
-    others = (Engine.from_dir(path, rank) for rank in range(1, first.config.world_size))
-    names = [first.config.engine_name, *(engine.config.engine_name for engine in others)]
-    return [EngineFile.of(path / name) for name in names], first
+        file = EngineFile(path)
+        return [file], Engine.of_file(file)
+    files = [EngineFile.of_folder(path)]
+    first = Engine.from_dir(path, opened=files[0])
+    for rank in range(1, first.config.world_size):
+        files.append(EngineFile.of_folder(path, rank))
+        Engine.from_dir(path, rank, opened=files[rank])
+    return files, first
 
 
 def is_quantized(config: EngineConfig) -> bool:
@@ -154,7 +139,9 @@ def group_sizes(plan: Plan) -> list[int]:
 def facts_of(engine: Engine, files: Sequence[EngineFile], timings: Mapping[str, GpuTimings]) -> dict[str, Any]:
     """All that is known, for JSON."""
     return {
-        "files": [asdict(file) | {"path": str(file.path)} for file in files],
+        "files": [
+            {"path": str(file.path), "num_bytes": file.num_bytes, "header_sha256": file.header_sha256} for file in files
+        ],
         "config": asdict(engine.config),
         "quant_mode_names": quant_mode_names(engine.config),
         "accuracy": accuracy_of(engine.config),

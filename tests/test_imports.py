@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+import tensorrt_llm
+import tensorrt_llm.engine
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "tensorrt_llm"
 MODULES = {
@@ -53,23 +56,36 @@ ALLOWED = {
     "quantization.gptq": {"quantization.grid", "quantization.quantize"},
     "quantization.awq": {"quantization.grid", "quantization.quantize"},
     "quantization.calibrate": {"dtype", "engine", "runtime"},
-    "inspect": {"engine", "plan", "quantization.mode", "timings"},
+    "inspect": {"engine", "engine_file", "plan", "quantization.mode", "timings"},
     "timings": set(),
     "tuning": {"dtype", "engine", "kernels", "plan", "runtime", "timings"},
-    "weight_file": {"dtype", "plan"},
+    "weight_digests": set(),
+    "engine_file": {"weight_digests"},
+    "weight_file": {"dtype", "engine_file", "plan"},
     "functional": {"dtype", "network"},
     "parameter": {"dtype", "network"},
     "module": {"network", "parameter"},
     "layers": {"functional", "module", "network", "parameter"},
     "models": {"functional", "layers", "mapping", "module", "network", "quantization", "quantization.layers"},
     "passes": {"network"},
-    "engine": {"disk", "dtype", "limits", "plan", "quantization.mode", "verdict", "weight_file"},
+    "engine": {
+        "disk",
+        "dtype",
+        "engine_file",
+        "limits",
+        "plan",
+        "quantization.mode",
+        "verdict",
+        "weight_digests",
+        "weight_file",
+    },
     "builder": {"engine", "limits", "mapping", "network", "parameter", "passes", "quantization.mode"},
     "kernels": {"dtype", "quantization.quantize"},
-    "tensorrt_backend": {"dtype", "engine", "kernels", "plan"},
+    "tensorrt_backend": {"dtype", "engine", "engine_file", "kernels", "plan"},
     "runtime": {
         "dtype",
         "engine",
+        "engine_file",
         "kernels",
         "limits",
         "plan",
@@ -148,7 +164,7 @@ def test_a_module_imports_only_what_its_part_may(name: str) -> None:
     assert imported - {part_of(name)} <= ALLOWED[part_of(name)]
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", [name for name in MODULES if name != "tensorrt_llm"])
 def test_imports_inside_functions_are_the_known_ones(name: str) -> None:
     in_package = {module for module in imports_of(name, all_imports(name)) if module in MODULES}
     late = in_package - imports_of(name, executed_at_import(name))
@@ -204,9 +220,31 @@ def run_python(code: str) -> str:
     ).stdout
 
 
+def loaded_by(code: str) -> set[str]:
+    """The modules that are there after `code`."""
+    return set(json.loads(run_python(f"{code}\nimport json, sys; print(json.dumps(sorted(sys.modules)))")))
+
+
 def test_importing_the_package_loads_no_optional_or_slow_library() -> None:
-    loaded = json.loads(run_python("import json, sys, tensorrt_llm; print(json.dumps(sorted(sys.modules)))"))
-    assert not {"transformers", "triton", "tiktoken", "tokenizers", "datasets"} & set(loaded)
+    loaded = loaded_by("from tensorrt_llm import *")
+    assert not {"transformers", "triton", "tiktoken", "tokenizers", "datasets"} & loaded
+
+
+def test_what_the_package_offers_comes_when_it_is_asked_for() -> None:
+    assert all(getattr(tensorrt_llm, name).__name__ in (name, f"tensorrt_llm.{name}") for name in tensorrt_llm.__all__)
+    assert tensorrt_llm.Engine is tensorrt_llm.engine.Engine
+    assert not hasattr(tensorrt_llm, "Engin")
+    with pytest.raises(ImportError, match="cannot import name 'nonsense' from 'tensorrt_llm'"):
+        exec("from tensorrt_llm import nonsense")
+
+
+def test_an_engine_file_is_opened_and_checked_without_torch() -> None:
+    assert not {"torch", "numpy"} & loaded_by("import tensorrt_llm.engine_file")
+
+
+def test_what_runs_an_engine_loads_nothing_that_describes_models() -> None:
+    loaded = {part_of(name) for name in loaded_by("from tensorrt_llm import Engine, runtime") if name in MODULES}
+    assert not {"functional", "layers", "models", "module", "network", "parameter", "passes"} & loaded
 
 
 def test_importing_does_nothing_but_define() -> None:

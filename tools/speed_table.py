@@ -4,8 +4,9 @@
 
 Runs from a bare checkout. Engines are compiled in memory, from random weights made on the GPU, by what build.py runs;
 requests, clocks and warm-up are those of benchmark.py. Decode tokens/s are medians of --repeats runs after one in full.
-A dataset is served once, after the first requests of the largest one: most of its graphs are captured by then, and the
-others count as time. The last thing printed is a table; figures so far are in the output file at any time.
+A dataset is served once after warm-up: a small one after it was served before, a large one after its first requests, so
+that most of its graphs are captured by then, and the others count as time. The last thing printed is a table; figures
+so far are in the output file at any time.
 """
 
 import gc
@@ -111,10 +112,8 @@ def measure_mode(args: SpeedArgs, mode: str, shape_dir: Path, device: torch.devi
         if shape.batch_size == 1:
             yield f"first token after {shape.input_len}, ms", 1e3 * (found.one_token_seconds or 0)
     workloads = {name: read_workload(name) for name in args.datasets}
-    if workloads:
-        largest = max(workloads.values(), key=lambda workload: len(workload.prompts))
-        backend.warm_up(largest.prompts[:WARM_UP_REQUESTS], largest.output_lens[:WARM_UP_REQUESTS], MOST_REQUESTS)
     for name, workload in workloads.items():
+        backend.warm_up(workload.prompts[:WARM_UP_REQUESTS], workload.output_lens[:WARM_UP_REQUESTS], MOST_REQUESTS)
         yield f"{name}, requests/s", len(workload.prompts) / trace(backend, workload, MOST_REQUESTS).seconds
 
 

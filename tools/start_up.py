@@ -4,6 +4,8 @@
 
 Runs from a bare checkout. The first start on a GPU compiles kernels, a second one finds them beside the engine: run it
 twice. What the engine says of its parts (weights, digests, graphs) goes to stderr as it happens, the table to stdout.
+Weights are checked from the moment their file is open, as in run.py; with --late_check from when the session is made,
+as for those who only call Engine and Session. The GPU starts then as well, with --late_gpu when torch asks for it.
 """
 
 import argparse
@@ -64,18 +66,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine_dir", type=Path, required=True, help="folder that build.py wrote")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
+    parser.add_argument("--late_check", action="store_true", help="do not check weights while torch is imported")
+    parser.add_argument("--late_gpu", action="store_true", help="do not start the GPU while torch is imported")
     parser.add_argument("--input_len", type=int, default=32, help="tokens of the prompt")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(relativeCreated)6d ms %(name)s: %(message)s")
     compilations = Compilations()
+    if not args.late_gpu:
+        with parts.part("start of the GPU begun"):
+            from early_start import wake_gpu
+
+            wake_gpu(args.device)
+    with parts.part("file opened, check of its weights begun"):
+        from tensorrt_llm.engine_file import EngineFile
+
+        file = EngineFile.of_folder(args.engine_dir)
+        if not args.late_check:
+            file.begin_check()
     with parts.part("import torch"):
         import torch
     with parts.part("import tensorrt_llm"):
         from tensorrt_llm import Engine
         from tensorrt_llm.runtime import GenerationSession, SamplingConfig, Session
         from tensorrt_llm.runtime.session import pick_device
-    with parts.part("engine opened, its header checked"):
-        engine = Engine.from_dir(args.engine_dir, check_weights=False)
+    with parts.part("engine opened, its plan checked"):
+        engine = Engine.from_dir(args.engine_dir, check_weights=False, opened=file)
     with parts.part("device found"):
         device = pick_device(args.device)
     if device.type == "cuda":

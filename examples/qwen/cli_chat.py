@@ -17,6 +17,11 @@ from typing import Any
 # A bare checkout works too, as on a GPU machine where nothing is installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from early_start import begin_start  # noqa: E402
+
+# Before torch is imported, which takes seconds: meanwhile weights are checked, and the GPU starts.
+OPENED = begin_start(sys.argv[1:]) if __name__ == "__main__" else None
+
 from chat_prompt import DEFAULT_SYSTEM, make_context, stop_words_for  # noqa: E402
 from command_line import flag, log_level_flag, run_script  # noqa: E402
 
@@ -105,7 +110,7 @@ def chat(args: ChatArgs) -> None:
         logger.warning("the checkpoint recommends chat_format %s: it may not be able to chat", defaults.chat_format)
     sampling = make_sampling(args, defaults, tokenizer)
     sampling.validate()
-    runner = ModelRunner.from_dir(args.engine_dir, tokenizer=tokenizer, device=args.device)
+    runner = ModelRunner.from_dir(args.engine_dir, tokenizer=tokenizer, device=args.device, opened=OPENED)
     if is_quantized(runner.config):
         print(f"Accuracy: {accuracy_of(runner.config)}", file=sys.stderr)
     limits = runner.config.limits

@@ -17,6 +17,11 @@ from typing import Any
 # A bare checkout works too, as on a GPU machine where nothing is installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from early_start import begin_start  # noqa: E402
+
+# Before torch is imported, which takes seconds: meanwhile weights are checked, and the GPU starts.
+OPENED = begin_start(sys.argv[1:]) if __name__ == "__main__" else None
+
 from chat_prompt import DEFAULT_SYSTEM, make_context, stop_words_for  # noqa: E402
 from command_line import flag, log_level_flag, run_script  # noqa: E402
 from table import markdown_table  # noqa: E402
@@ -90,13 +95,13 @@ def main(args: RunArgs) -> None:
     args.check()
     tokenizer = load_tokenizer(args.tokenizer_dir) if args.tokenizer_dir else None
     if args.debug_mode:
-        engine = open_engine(args.engine_dir)
+        engine = open_engine(args.engine_dir, opened=OPENED)
         if not isinstance(engine, Engine):
             raise ValueError("--debug_mode looks into our own engines, and this is a plan of TensorRT")
         print_accuracy(engine.config)
         print_layers(engine, read_inputs(args, tokenizer, engine.config.limits.max_input_len)[0], args.device)
         return
-    runner = ModelRunner.from_dir(args.engine_dir, tokenizer=tokenizer, device=args.device)
+    runner = ModelRunner.from_dir(args.engine_dir, tokenizer=tokenizer, device=args.device, opened=OPENED)
     print_accuracy(runner.config)
     prompts = read_inputs(args, tokenizer, runner.config.limits.max_input_len)
     sampling = make_sampling(args, tokenizer, runner, prompts)

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import torch
 
-from ..engine import Engine, read_builder_config
+from ..engine import Engine
+from ..engine_file import EngineFile, read_builder_config
 from ..tensorrt_backend.api import import_tensorrt
 from ..tensorrt_backend.plan_file import BACKEND, TensorRtEngine
 from .session import Session, pick_device, prepare_device
@@ -13,11 +14,13 @@ from .tensorrt_session import TensorRtSession
 AnyEngine = Engine | TensorRtEngine
 
 
-def open_engine(engine_dir: Path | str, rank: int = 0, *, check_weights: bool = True) -> AnyEngine:
+def open_engine(
+    engine_dir: Path | str, rank: int = 0, *, check_weights: bool = True, opened: EngineFile | None = None
+) -> AnyEngine:
     """The engine of `rank` in a folder that build.py wrote, whichever backend it is for; see Engine.from_dir."""
     if read_builder_config(Path(engine_dir)).get("backend") == BACKEND:
         return TensorRtEngine.from_dir(engine_dir, rank)
-    return Engine.from_dir(engine_dir, rank, check_weights=check_weights)
+    return Engine.from_dir(engine_dir, rank, check_weights=check_weights, opened=opened)
 
 
 def open_session(

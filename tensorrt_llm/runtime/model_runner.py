@@ -12,6 +12,7 @@ import torch
 
 from ..dtype import torch_dtype
 from ..engine import EngineConfig
+from ..engine_file import EngineFile
 from ..tokenizer import Tokenizer
 from .engine_folder import open_engine, open_session
 from .generation import GenerationSession, Prompt
@@ -30,9 +31,13 @@ class ModelRunner:
         rank: int = 0,
         device: str | torch.device | None = None,
         kv_cache_tokens: int | None = None,
+        opened: EngineFile | None = None,
     ) -> "ModelRunner":
-        """Load the engine in `engine_dir`, on CUDA if there is one. Stop strings and text need a tokenizer."""
-        engine = open_engine(engine_dir, rank, check_weights=False)  # the session does
+        """Load the engine in `engine_dir`, on CUDA if there is one. Stop strings and text need a tokenizer.
+
+        `opened` is the engine's file, if its check was begun before.
+        """
+        engine = open_engine(engine_dir, rank, check_weights=False, opened=opened)  # the session checks
         return cls(GenerationSession(open_session(engine, device, kv_cache_tokens=kv_cache_tokens), tokenizer))
 
     def generate(

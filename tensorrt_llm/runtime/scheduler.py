@@ -1,12 +1,13 @@
 """Which sequences a step computes, and how much of each.
 
-Sequences run in the order of their arrival. A step holds the next token of every running sequence, then as many prompt
-tokens as the budget allows; a long prompt is cut into chunks over several steps. A sequence enters when there is a
-place in the batch and there are blocks for all its tokens, and takes further blocks as it grows. When none is left, the
-youngest running sequence gives all of its blocks back and waits in front of the queue; later it is computed again from
-its prompt and its output, so it loses time but no token. Where nothing may be preempted, a sequence enters only when
-there are blocks for all that it may become. A step may be chosen while tokens of the one before it are pending; if they
-could change the choice for good, it has to wait for them. Knows no tensors, no text, and not why a sequence ends.
+Sequences run in the order of their arrival. A step holds the next token of every running sequence, the longest first,
+and as many prompt tokens as the budget allows; a long prompt is cut into chunks over several steps. A sequence enters
+when there is a place in the batch and there are blocks for all its tokens, and takes further blocks as it grows. When
+none is left, the youngest running sequence gives all of its blocks back and waits in front of the queue; later it is
+computed again from its prompt and its output, so it loses time but no token. Where nothing may be preempted, a sequence
+enters only when there are blocks for all that it may become. A step may be chosen while tokens of the one before it are
+pending; if they could change the choice for good, it has to wait for them. Knows no tensors, no text, and not why a
+sequence ends.
 """
 
 from collections import deque
@@ -68,6 +69,8 @@ class Scheduler:
         while budget > 0 and num_rows < self.limits.max_batch_size and (admitted := self._admit_next()):
             budget -= _add_chunk(contexts, admitted, budget)
             num_rows += 1
+        # Attention of the longest begins first, so that the last programs of a GPU to run are short ones.
+        decodes.sort(key=lambda row: -row.start)
         return Batch(tuple(contexts + decodes))
 
     def launch(self, batch: Batch) -> None:

@@ -87,16 +87,16 @@ class WeightStream:
     """While it is open, threads read the weights of `order`, and `take` gives them in this order."""
 
     def __init__(
-        self, file: WeightFile, order: Sequence[str], device: torch.device, ahead: ReadAhead | None = None
+        self, weights: WeightFile, order: Sequence[str], device: torch.device, ahead: ReadAhead | None = None
     ) -> None:
         self.waited_seconds = 0.0  # in `take`
         self.bytes_ahead = 0  # on the device and not taken
-        self._file = file
+        self._weights = weights
         self._device = device
         self._ahead = ahead or ReadAhead()
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._order = iter(order)
-        self._pieces = _cut(file, order, self._ahead.buffer_bytes)
+        self._pieces = _cut(weights, order, self._ahead.buffer_bytes)
         # What follows is of several threads, one at a time.
         self._changed = threading.Condition()
         self._next_piece = 0
@@ -135,7 +135,7 @@ class WeightStream:
             current = torch.cuda.current_stream(self._device)
             current.wait_event(weight.copied)
             weight.data.record_stream(current)  # it is the memory of the other stream
-        spec = self._file.specs[name]
+        spec = self._weights.specs[name]
         return weight.data.view(torch_dtype(spec.dtype)).view([int(dim) for dim in spec.shape])
 
     def _is_there(self, name: str) -> bool:
@@ -150,7 +150,7 @@ class WeightStream:
                     piece = self._begin_piece()
                     if piece is None:
                         return
-                    self._file.read(piece.name, piece.begin, buffer.room(piece.num_bytes))
+                    self._weights.file.read(piece.name, piece.begin, buffer.room(piece.num_bytes))
                     weight = self._arriving[piece.name]
                     buffer.copy_to(weight.data[piece.begin : piece.begin + piece.num_bytes])
                     self._end_piece(weight, piece)
@@ -169,7 +169,7 @@ class WeightStream:
             piece = self._pieces[self._next_piece]
             self._next_piece += 1
             if piece.begin == 0:
-                num_bytes = self._file.specs[piece.name].num_bytes
+                num_bytes = self._weights.specs[piece.name].num_bytes
                 data = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
                 self._arriving[piece.name] = _Arriving(data, bytes_left=num_bytes)
                 self.bytes_ahead += num_bytes
@@ -181,7 +181,7 @@ class WeightStream:
 
     def _has_room(self, piece: _Piece) -> bool:
         """A weight larger than all the room has it for itself."""
-        wanted = self.bytes_ahead + self._file.specs[piece.name].num_bytes
+        wanted = self.bytes_ahead + self._weights.specs[piece.name].num_bytes
         return piece.begin > 0 or self.bytes_ahead == 0 or wanted <= self._ahead.device_bytes
 
     def _end_piece(self, weight: _Arriving, piece: _Piece) -> None:
@@ -217,9 +217,9 @@ class _Buffer:
             self._copied.record()
 
 
-def _cut(file: WeightFile, order: Sequence[str], piece_bytes: int) -> list[_Piece]:
+def _cut(weights: WeightFile, order: Sequence[str], piece_bytes: int) -> list[_Piece]:
     return [
-        _Piece(name, begin, min(piece_bytes, file.specs[name].num_bytes - begin))
+        _Piece(name, begin, min(piece_bytes, weights.specs[name].num_bytes - begin))
         for name in order
-        for begin in range(0, file.specs[name].num_bytes, piece_bytes)
+        for begin in range(0, weights.specs[name].num_bytes, piece_bytes)
     ]

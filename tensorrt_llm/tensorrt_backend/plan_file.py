@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..engine import EngineConfig, engine_path, read_builder_config
+from ..engine import EngineConfig
+from ..engine_file import engine_path, read_builder_config
 from ..plan import Plan
 from .shapes import Shapes
 

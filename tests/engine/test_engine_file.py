@@ -280,6 +280,10 @@ def entry(parts: EngineParts, name: str = "ln_f.weight") -> dict[str, Any]:
 Change = Callable[[EngineParts], object]
 LIES: dict[str, tuple[Change, str]] = {
     "another version": (lambda parts: parts.metadata.update(format_version="0"), "format_version is '0'.*rebuild"),
+    "the version before": (
+        lambda parts: parts.metadata.update(format_version="3"),
+        "format_version is '3', this version reads '4'; rebuild the engine",
+    ),
     "another format": (lambda parts: parts.metadata.update(format="onnx"), "format is 'onnx'"),
     "no digest": (lambda parts: parts.metadata.pop("header_sha256"), "header_sha256 is None"),
     "a wider shape": (lambda parts: entry(parts).update(shape=[2**40]), "tensor ln_f.weight is"),

@@ -31,7 +31,7 @@ class FakeRunner:
         self.samplings: list[SamplingConfig] = []
         self.before_each_piece: Callable[[], object] = lambda: None
 
-    def from_dir(self, engine_dir: Path, *, tokenizer: Tokenizer, device: str | None) -> "FakeRunner":
+    def from_dir(self, engine_dir: Path, *, tokenizer: Tokenizer, device: str | None, opened: None) -> "FakeRunner":
         self.loaded_from = (engine_dir, device)
         return self
 

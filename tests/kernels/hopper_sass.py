@@ -37,10 +37,11 @@ from tensorrt_llm.kernels.cuda import (
     weight_only_quant_matmul,
 )
 from tensorrt_llm.kernels.cuda.attention import GptAttention
-from tensorrt_llm.kernels.cuda.gated_mlp import silu_mul
+from tensorrt_llm.kernels.cuda.gated_mlp import gated_mlp_by, silu_mul
+from tensorrt_llm.kernels.cuda.smooth_quant import smooth_quant_gated_mlp_by
 from tensorrt_llm.kernels.cuda.weight_only import weight_only_gated_mlp_by, weight_only_quant_matmul_by
 from tensorrt_llm.kernels.tactics import MatmulShape, Tactic, Tactics, bucket_of, candidates
-from tensorrt_llm.kernels.tactics.weight_only import stream
+from tensorrt_llm.kernels.tactics.weight_only import stream, tiles
 
 HOPPER = GPUTarget("cuda", 90, 32)
 POINTERS = {
@@ -63,6 +64,7 @@ KERNELS = (
     ("weight_only", "_widen"),
     ("resident_stream", "_resident_rows"),
     ("ring_stream", "_ring_rows"),
+    ("ring_tiles", "_ring_tiles"),
     ("wgmma_tiles", "_wgmma_tiles"),
     ("smooth_quant", "_quantize"),
     ("smooth_quant", "_stream_rows"),
@@ -196,9 +198,12 @@ def multiply_int4(x: torch.Tensor, dtype: str) -> None:
 
 
 def multiply_int8(x: torch.Tensor, dtype: str) -> None:
-    """A projection with bias and a scale for each row: 32 blocks of 64 words."""
+    """A projection with bias and a scale for each row: 32 blocks of words; several tokens in tiles that come late."""
     words, bias = empty(12288, 32 * 64, dtype=torch.int16), empty(12288, dtype=x.dtype)
-    weight_only_quant_matmul(x, words, empty(1, 12288), None, bias, bits=8, has_zero=False, dtype=dtype)
+    shape, tokens = MatmulShape("weight_only_quant_matmul", 12288, 4096, x.dtype, 8), x.shape[0]
+    tactics = Tactics({(shape, tokens): tiles(shape, tokens)} if tokens > 1 else {})
+    attributes = dict(bits=8, has_zero=False, dtype=dtype)
+    weight_only_quant_matmul_by(tactics, x, words, empty(1, 12288), None, bias, **attributes)
 
 
 def multiply_through_rings(rows: int, depth: int, bits: int) -> Iterator[tuple[str, Callable[[], None]]]:
@@ -216,6 +221,28 @@ def multiply_through_rings(rows: int, depth: int, bits: int) -> Iterator[tuple[s
         else:
             call = partial(weight_only_quant_matmul_by, tactics, x, *weight, None, **attributes)
         yield f"ring_{rows}_{depth}_int{bits}_{number}", call
+
+
+def multiply_in_ring_tiles(tokens: int, dtype: torch.dtype, bits: int) -> Iterator[tuple[str, Callable[[], None]]]:
+    """The gated MLP of 8 tokens as it is chosen, of more in all candidates, by a name for it; bits 0 are those of x."""
+    rows, depth, name = 22016, 4096, str(dtype).removeprefix("torch.")
+    is_integer, groups = dtype == torch.int8, depth // 128 if bits == 4 else 1
+    op = "smooth_quant_gated_mlp" if is_integer else "weight_only_gated_mlp" if bits else "gated_mlp"
+    shape = MatmulShape(op, rows, depth, dtype, bits, groups)
+    x = empty(tokens, depth, dtype=dtype)
+    found = [tactic for tactic in candidates(shape, tokens) if tactic.way == "ring_tiles"]
+    for number, tactic in enumerate(found if tokens > 8 else found[:1]):
+        tactics = Tactics({(shape, tokens): tactic})
+        if is_integer:
+            weight = empty(rows, depth, dtype=dtype), empty(rows)
+            call = partial(smooth_quant_gated_mlp_by, tactics, x, empty(tokens, 1), *weight, dtype="float16")
+        elif bits:
+            words, scale = empty(rows, depth * bits // 16, dtype=torch.int16), empty(groups, rows, dtype=torch.float16)
+            attributes = dict(bits=bits, has_zero=False, dtype="float16")
+            call = partial(weight_only_gated_mlp_by, tactics, x, words, scale, None, **attributes)
+        else:
+            call = partial(gated_mlp_by, tactics, x, empty(rows, depth, dtype=dtype), dtype=name)
+        yield f"ring_tiles_{name}_{bits}_{tokens}_{number}", call
 
 
 def multiply_on_warpgroups() -> Iterator[tuple[str, Callable[[], None]]]:
@@ -272,7 +299,7 @@ def compile_quantized(cases: dict[str, Any]) -> None:
     for case, step, kv_heads in (("prefill", PREFILL, 32), ("decode", DECODE, 32), ("grouped_decode", DECODE, 4)):
         with recording() as cases[f"{case}_float16_int8"]:
             attend(half, torch.int8, step, 32, kv_heads)
-    for tokens in (1, 8, 32):
+    for tokens in (1, 32):
         with recording() as cases[f"dense_{tokens}_float16"]:
             weight = empty(2 * 11008, 4096, dtype=half)
             gated_mlp(empty(tokens, 4096, dtype=half), weight, dtype="float16")
@@ -287,13 +314,18 @@ def compile_quantized(cases: dict[str, Any]) -> None:
         for case, call in multiply_through_rings(rows, depth, bits):
             with recording() as cases[case]:
                 call()
+    for dtype, bits in ((half, 0), (brain, 0), (torch.int8, 8), (half, 8), (half, 4)):
+        for tokens in (8, 32):
+            for case, call in multiply_in_ring_tiles(tokens, dtype, bits):
+                with recording() as cases[case]:
+                    call()
     for case, call in multiply_on_warpgroups():
         with recording() as cases[case]:
             call()
     with recording() as cases["resident_float16"]:
         words, x = empty(4096, 32 * 64, dtype=torch.int16), empty(1, 4096, dtype=half)
         weight_only_quant_matmul(x, words, empty(1, 4096), None, None, bits=8, has_zero=False, dtype="float16")
-    for tokens in (1, 16, 512):
+    for tokens in (1, 64, 512):
         with recording() as cases[f"w8a8_{tokens}_float16"]:
             multiply_integers(tokens, "float16")
     with recording() as cases["quantize_float16"]:

@@ -113,6 +113,37 @@ def test_programs_of_warpgroups_run_all_at_once_where_splits_allow_it(tokens: in
     assert tactic.way == "wgmma" and 96 <= programs <= 132
 
 
+def test_ring_tiles_are_chosen_for_few_tokens_and_fit_an_sm() -> None:
+    int8 = MatmulShape("weight_only_quant_matmul", 4096, 11008, HALF, 8)
+    int4 = int8._replace(bits=4, num_groups=86)
+    integer = MatmulShape("smooth_quant_gemm", 4096, 11008, torch.int8, 8)
+    for shape in (int8, int4, integer, MatmulShape("matmul", 4096, 11008, torch.bfloat16)):
+        chosen = {tokens: heuristic(shape, tokens).way for tokens in BUCKETS}
+        assert {chosen[tokens] for tokens in (2, 4, 8, 16)} == {"ring_tiles"}
+        assert not {chosen[tokens] for tokens in (1, 64, 128)} & {"ring_tiles"}
+        for tokens in BUCKETS:
+            stages = [
+                found.num_stages * (found.row_tile * shape.bits // 8 + found.token_tile * shape.dtype.itemsize)
+                for found in candidates(shape, tokens)
+                if found.way == "ring_tiles"
+            ]
+            assert all(columns * 256 <= 227 * 1024 for columns in stages) and bool(stages) == (1 < tokens <= 64)
+
+
+def test_ring_tiles_are_left_out_where_rows_or_scales_cannot_be_copied() -> None:
+    int4 = MatmulShape("weight_only_quant_matmul", 4096, 11008, HALF, 4, 86)
+    for shape in (
+        MatmulShape("matmul", 4096, 11004, HALF),  # not of 16 bytes
+        MatmulShape("matmul", 4096, 11008, torch.float32),
+        MatmulShape("smooth_quant_gemm", 4096, 11000, torch.int8, 8),
+        int4._replace(has_zero=True),
+        int4._replace(rows=4104),
+        int4._replace(num_groups=344),  # planes of 32 integers
+        int4._replace(dtype=torch.bfloat16),
+    ):
+        assert all(tactic.way != "ring_tiles" for tokens in BUCKETS for tactic in candidates(shape, tokens))
+
+
 def test_a_gated_product_has_both_of_its_rows_in_a_tile() -> None:
     gated = [shape for shape in SHAPES if shape.is_gated]
     tactics = {tactic for shape in gated for tokens in BUCKETS for tactic in candidates(shape, tokens)}

@@ -65,6 +65,15 @@ def workloads(draw: st.DrawFn) -> tuple[Limits, int, list[Request]]:
     return limits, num_blocks, requests
 
 
+def test_the_longest_decodes_come_first() -> None:
+    scheduler = Scheduler(make_limits(tokens=64), BlockAllocator(64))
+    for index, length in enumerate((3, 20, 9)):
+        scheduler.submit(make_request(index, length, 5))
+    run_step(scheduler)
+    assert [row.request.id for row in next_batch(scheduler).decodes] == [1, 2, 0]
+    assert [request.id for request in scheduler.running] == [0, 1, 2], "who came last is preempted first"
+
+
 @given(workloads(), st.integers(0, 2**32))
 def test_every_request_is_served_once_in_order_within_the_limits(
     workload: tuple[Limits, int, list[Request]], seed: int

@@ -22,6 +22,7 @@ from tensorrt_llm.runtime import GenerationSession, SamplingConfig, Session, exe
 from tensorrt_llm.runtime.executor import Executor
 from tensorrt_llm.runtime.walk import walk
 from tensorrt_llm.runtime.weight_stream import ReadAhead, WeightStream, read_ahead
+from tensorrt_llm.weight_digests import DigestCheck
 from tensorrt_llm.weight_file import WeightFile
 
 CPU = torch.device("cpu")
@@ -142,7 +143,7 @@ def test_a_file_that_was_cut_after_it_was_opened_is_named(path: Path, file: Weig
         for name in file:
             stream.take(name)
     with pytest.raises(ValueError, match=f"{path}: ends at byte"):
-        file.check()
+        file.file.check()
 
 
 def test_a_file_that_cannot_be_read_is_named(path: Path, file: WeightFile, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,28 +233,28 @@ def test_what_uses_an_unchecked_engine_finds_the_damage(path: Path, use: Callabl
 
 def test_damage_is_the_error_also_where_something_failed_over_it(path: Path) -> None:
     flip_last_bit(path)
-    with pytest.raises(ValueError, match="altered or damaged") as caught, open_unchecked(path).checking():
+    with pytest.raises(ValueError, match="altered or damaged") as caught, open_unchecked(path).file.checking():
         raise ValueError("weights do not fit")
     assert "weights do not fit" in str(caught.value.__context__)
 
 
 def test_a_failure_over_a_sound_file_stays_what_it_is(file: WeightFile) -> None:
-    with pytest.raises(ValueError, match="^weights do not fit$"), file.checking():
+    with pytest.raises(ValueError, match="^weights do not fit$"), file.file.checking():
         raise ValueError("weights do not fit")
 
 
 def test_an_interrupt_does_not_wait_for_digests(file: WeightFile, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(file, "_compare", lambda digests: pytest.fail("waited"))
-    with pytest.raises(KeyboardInterrupt), file.checking():
+    monkeypatch.setattr(DigestCheck, "finish", lambda check: pytest.fail("waited"))
+    with pytest.raises(KeyboardInterrupt), file.file.checking():
         raise KeyboardInterrupt
 
 
 def test_weights_are_checked_once(path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "tensorrt_llm.weight_file")
+    caplog.set_level(logging.INFO, "tensorrt_llm.weight_digests")
     engine = Engine.load(path)
     on_cpu(engine)
     on_cpu(engine)
-    assert caplog.text.count("every weight has its SHA-256") == 1
+    assert caplog.text.count("every weight has a SHA-256") == 1
 
 
 @pytest.mark.gpu

@@ -16,10 +16,12 @@ import triton
 import triton.language as tl
 
 from ...dtype import torch_dtype
-from ..tactics import LIBRARY, Tactic, Tactics
+from ..tactics import LIBRARY, MatmulShape, Tactic, Tactics
+from ..tactics.dense import tiles
+from . import ring_tiles
 from .epilogue import store_outputs, tile_rows
 from .kv_pool import dot_dtype
-from .overlap import overlapping, start_next, wait_for_previous
+from .overlap import has_dependent_launch, overlapping, start_next, wait_for_previous
 
 
 @triton.jit
@@ -85,7 +87,11 @@ def choose(tactics: Tactics, op: str, x: torch.Tensor, weight: torch.Tensor) -> 
     if x.dtype != weight.dtype or not weight.is_contiguous():
         return LIBRARY
     tokens, depth = x.shape
-    return tactics.choose(op, weight.shape[0], depth, x.dtype, 0, 1, False, tokens)
+    facts = op, weight.shape[0], depth, x.dtype, 0, 1, False
+    tactic = tactics.choose(*facts, tokens)
+    if tactic.way == "ring_tiles" and not has_dependent_launch(x.device):
+        return tiles(MatmulShape(*facts), tokens)
+    return tactic
 
 
 def multiply(
@@ -110,6 +116,9 @@ def multiply(
             x, weight, bias, out, num_rows, DEPTH=depth, ROW_TILE=row_tile, DEPTH_TILE=tactic.depth_tile, **flags,
             num_warps=tactic.num_warps, **overlapping(x.device),
         )  # fmt: skip
+        return out
+    if tactic.way == "ring_tiles":
+        ring_tiles.multiply(x, None, weight, None, bias, out, is_gated=is_gated, tactic=tactic)
         return out
     # Token tiles come first in the grid, so programs that run together share rows of the weight.
     _multiply_tiles[(triton.cdiv(tokens, token_tile), triton.cdiv(num_rows, row_tile))](

@@ -23,7 +23,7 @@ def integer_plane(words, INDEX: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.cons
     """The q in bits INDEX * BITS and up of int16 words, in DTYPE and exact."""
     if HAS_PTX and (DTYPE == tl.float16 or (DTYPE == tl.bfloat16 and BITS == 4)):
         bits = tl.inline_asm_elementwise(
-            _two_words_ptx(INDEX, BITS, DTYPE == tl.float16), "=r,r", [words], dtype=tl.int16, is_pure=True, pack=2
+            two_words_ptx(INDEX, BITS, DTYPE == tl.float16), "=r,r", [words], dtype=tl.int16, is_pure=True, pack=2
         )
         q = bits.to(DTYPE, bitcast=True)
     else:
@@ -32,7 +32,7 @@ def integer_plane(words, INDEX: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.cons
 
 
 @triton.constexpr_function
-def _two_words_ptx(index, bits, is_half):
+def two_words_ptx(index, bits, is_half):
     """((words >> shift & mask) | ones) * factor + addend, in each half of a register."""
     if not is_half:
         shift, mask, ones, factor, addend = 4 * index, "000f", "4300", "3f80", "c308"  # * 1 - (128 + 8)

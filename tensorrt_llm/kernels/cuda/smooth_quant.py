@@ -20,11 +20,13 @@ import triton
 import triton.language as tl
 
 from ...dtype import torch_dtype
-from ..tactics import Tactic, Tactics
+from ..tactics import MatmulShape, Tactic, Tactics
+from ..tactics.smooth_quant import tiles
+from . import ring_tiles
 from .epilogue import interleaved, store_outputs, tile_rows
 from .int8_rows import quantize_rows, round_to_int8
 from .integer_planes import HAS_PTX
-from .overlap import overlapping, start_next, wait_for_previous
+from .overlap import has_dependent_launch, overlapping, start_next, wait_for_previous
 
 
 @triton.jit
@@ -209,7 +211,11 @@ smooth_quant_gated_mlp = partial(smooth_quant_gated_mlp_by, Tactics())
 
 def _choose(tactics: Tactics, op: str, x: torch.Tensor, weight: torch.Tensor) -> Tactic:
     tokens, depth = x.shape
-    return tactics.choose(op, weight.shape[0], depth, x.dtype, 8, 1, False, tokens)
+    facts = op, weight.shape[0], depth, x.dtype, 8, 1, False
+    tactic = tactics.choose(*facts, tokens)
+    if tactic.way == "ring_tiles" and not has_dependent_launch(x.device):
+        return tiles(MatmulShape(*facts), tokens)
+    return tactic
 
 
 def _launch_matmul(
@@ -239,6 +245,9 @@ def _launch_matmul(
             WORDS=depth // 4, ROW_TILE=row_tile, WORD_TILE=tactic.depth_tile // 4, **flags,
             num_warps=tactic.num_warps, **overlapping(x.device),
         )  # fmt: skip
+        return out
+    if tactic.way == "ring_tiles":
+        ring_tiles.multiply(x, x_scale, weight, weight_scale, bias, out, is_gated=is_gated, tactic=tactic)
         return out
     # Token tiles come first in the grid, so programs that run together share rows of the weight.
     _multiply_tiles[(triton.cdiv(tokens, token_tile), triton.cdiv(num_rows, row_tile))](

@@ -1,4 +1,4 @@
-"""What the splits of a context left, put together: shared by the kernels of decode attention.
+"""What the splits of a context left, put together, and who comes last: shared by kernels that divide their work.
 
     out = sum_s 2^lse[s] partial[s] / sum_s 2^lse[s]        partial[s] the normalised result of split s
 
@@ -11,6 +11,7 @@ in the order of the splits, in float32. Knows neither keys nor values.
 import torch
 import triton
 import triton.language as tl
+from torch.utils.weak import WeakTensorKeyDictionary
 
 # A running maximum starts below every score, yet finite: -inf minus -inf would be NaN in an all-masked row.
 LOWEST = tl.constexpr(-1e30)
@@ -63,3 +64,12 @@ class Arrivals:
         if (device, size) not in self._zeros:
             self._zeros[device, size] = torch.zeros(size, dtype=torch.int32, device=device)
         return self._zeros[device, size]
+
+
+_arrivals_of_weights = WeakTensorKeyDictionary()
+
+
+def arrivals_of(weight: torch.Tensor, count: int) -> torch.Tensor:
+    """`Arrivals` of the products with one weight: they come one after the other, those of two sessions need not."""
+    arrivals: Arrivals = _arrivals_of_weights.setdefault(weight, Arrivals())
+    return arrivals.of(count, weight.device)

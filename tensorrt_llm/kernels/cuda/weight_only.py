@@ -37,8 +37,8 @@ from ...dtype import dtype_name, torch_dtype
 from ...quantization.quantize import integers_of
 from ..quantized_reference import split_optional
 from ..tactics import MatmulShape, Tactic, Tactics
-from ..tactics.weight_only import plane_size, stream, without_warpgroups
-from . import resident_stream, ring_stream, wgmma_tiles
+from ..tactics.weight_only import plane_size, stream, tiles, without_warpgroups
+from . import resident_stream, ring_stream, ring_tiles, wgmma_tiles
 from .epilogue import interleaved, store_outputs, tile_rows
 from .integer_planes import HAS_PTX, integer_plane
 from .kv_pool import dot_dtype
@@ -430,6 +430,8 @@ def _choose(tactics: Tactics, op: str, x: torch.Tensor, weight: _Weight) -> Tact
     tactic = tactics.choose(*facts, tokens)
     if tactic.way in ("resident", "ring") and not has_dependent_launch(x.device):
         return stream(MatmulShape(*facts))
+    if tactic.way == "ring_tiles" and not has_dependent_launch(x.device):
+        return tiles(MatmulShape(*facts), tokens)
     if tactic.way == "wgmma" and not _takes_warpgroups(x, weight):
         return without_warpgroups(MatmulShape(*facts), tokens)
     return tactic
@@ -525,6 +527,13 @@ def _launch_tiles(
     tokens, depth = x.shape
     out = _empty_output(tokens, weight, dtype, is_gated, x.device)
     if tokens == 0:
+        return out
+    if tactic.way == "ring_tiles":
+        ring_tiles.multiply(
+            x, None, weight.words, weight.scale, bias, out, bits=weight.bits,
+            planes_per_scale=_planes_per_scale(weight), planes_per_group=weight.planes_per_group, is_gated=is_gated,
+            tactic=tactic,
+        )  # fmt: skip
         return out
     token_tile, row_tile, num_splits = tactic.token_tile, tactic.row_tile, tactic.num_splits
     partial_sums = out

@@ -2,11 +2,13 @@
 
 stream   row_tile rows of the weight a program, depth_tile columns at a time; one token only
 tiles    tensor cores on tiles of token_tile x row_tile, depth_tile columns at a time; any number of tokens
+ring_tiles  ring_tiles.py
 library  cuBLAS, and a kernel for SiLU behind it
 """
 
 import torch
 
+from .ring_tiles import ring_tiles, ring_tiles_candidates
 from .tactic import LIBRARY, SHARED_BYTES, MatmulShape, Tactic, next_power_of_2
 
 # At 64 tokens tiles take 67 us for 22016 x 4096 and 441 for the logits, cuBLAS 74 and 461, but for fewer rows cuBLAS is
@@ -21,6 +23,11 @@ def heuristic(shape: MatmulShape, tokens: int) -> Tactic:
         return _stream(shape)
     if shape.dtype == torch.float32 or tokens > 64:
         return LIBRARY
+    return ring_tiles(shape, tokens) or tiles(shape, tokens)
+
+
+def tiles(shape: MatmulShape, tokens: int) -> Tactic:
+    """Of 2 to 64 tokens, where no kernel starts early."""
     if tokens > MOST_TOKENS:
         return Tactic("tiles", 64, 64, 128, 5, 4) if shape.rows >= _MANY_ROWS else LIBRARY
     token_tile = max(16, next_power_of_2(tokens))
@@ -53,6 +60,7 @@ def candidates(shape: MatmulShape, tokens: int) -> list[Tactic]:
             found.append(Tactic("stream", row_tile=rows, depth_tile=depth_tile, num_warps=warps))
     elif tokens <= _MOST_TOKENS_TIMED and shape.dtype != torch.float32:
         token_tile = max(16, next_power_of_2(tokens))
+        found += [tiles(shape, tokens), *ring_tiles_candidates(shape, tokens)]
         found += [
             Tactic("tiles", token_tile, rows, columns, stages, warps)
             for rows, columns, stages, warps in _TILES

@@ -2,21 +2,28 @@
 
 stream   row_tile rows of the weight a program, depth_tile columns at a time; one token, of whole words of four values
 tiles    tensor cores on tiles of token_tile x row_tile, depth_tile columns at a time; any number of tokens
+ring_tiles  ring_tiles.py
 """
 
+from .ring_tiles import ring_tiles, ring_tiles_candidates
 from .tactic import MatmulShape, Tactic, next_power_of_2
 
 
 def heuristic(shape: MatmulShape, tokens: int) -> Tactic:
     if tokens == 1 and shape.depth % 4 == 0:
         return _stream(shape, 4, 512)
+    return ring_tiles(shape, tokens) or tiles(shape, tokens)
+
+
+def tiles(shape: MatmulShape, tokens: int) -> Tactic:
+    """Tiles that start after the kernel before, or soon."""
     if tokens > 64 and -(-tokens // 128) * -(-shape.rows // 128) >= 128:
         # Three stages let two programs share an SM: 1.4 times as fast as four at 2048 tokens (H200).
         return Tactic("tiles", 128, 128, 128, 3, 8)
     # Bound by memory: with fewer tiles than SMs each must have more under way (the shapes of a 7B model).
     token_tile = _token_tile(tokens, 64)
-    tiles = -(-tokens // token_tile) * -(-shape.rows // 64)
-    return Tactic("tiles", token_tile, 64, 256, 3 if tiles >= 128 else 4, 4)
+    num_tiles = -(-tokens // token_tile) * -(-shape.rows // 64)
+    return Tactic("tiles", token_tile, 64, 256, 3 if num_tiles >= 128 else 4, 4)
 
 
 def _stream(shape: MatmulShape, row_tile: int, words: int) -> Tactic:
@@ -48,6 +55,7 @@ def candidates(shape: MatmulShape, tokens: int) -> list[Tactic]:
     if tokens == 1 and shape.depth % 4 == 0:
         found += [_stream(shape, rows, words) for rows in (2, 4, 8) for words in (256, 512, 1024)]
     elif tokens <= 64:
+        found += [tiles(shape, tokens), *ring_tiles_candidates(shape, tokens)]
         found += [Tactic("tiles", _token_tile(tokens, 64), *numbers) for numbers in _TILES_OF_FEW]
     else:
         found += [Tactic("tiles", *numbers) for numbers in _TILES_OF_MANY]

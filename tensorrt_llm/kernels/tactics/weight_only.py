@@ -6,6 +6,7 @@ ring     row_tile rows at a time, num_tiles of them a program, through a ring of
          where a GPU can start it early; else a stream
 tiles    tensor cores on tiles of token_tile x row_tile, a block of the layout at a time, whose depth may be divided
          among num_splits programs; any number of tokens
+ring_tiles  ring_tiles.py
 wgmma    tensor cores on tiles of token_tile x row_tile with warps of their own for copies (wgmma_tiles.py), in float16
          or bfloat16 on a Hopper GPU; else tiles
 widened  the weight widened to x's dtype, then cuBLAS; the only way for float32
@@ -16,6 +17,7 @@ from dataclasses import replace
 
 import torch
 
+from .ring_tiles import ring_tiles, ring_tiles_candidates
 from .tactic import SHARED_BYTES, MatmulShape, Tactic, next_power_of_2
 
 WIDENED = Tactic("widened")
@@ -54,6 +56,12 @@ def without_warpgroups(shape: MatmulShape, tokens: int) -> Tactic:
         if is_int4 and _fits_ring(shape, ring):
             return ring
         return replace(stream(shape), way="resident") if _fits_registers(shape) else stream(shape)
+    return ring_tiles(shape, tokens) or tiles(shape, tokens)
+
+
+def tiles(shape: MatmulShape, tokens: int) -> Tactic:
+    """Tiles of few or many tokens that start after the kernel before, or soon."""
+    is_int4 = shape.bits == 4
     if tokens <= 8:
         # Tiles of 32 rows are too few for wgmma, so that a dot does not wait for the one before.
         return _tiles(shape, tokens, 8, 32, 5, 2, wanted_programs=768 if is_int4 else 528, most_splits=4)
@@ -218,6 +226,8 @@ def candidates(shape: MatmulShape, tokens: int) -> list[Tactic]:
         found += [
             tactic for tactic in streams if tactic.row_tile * -(-shape.depth // tactic.depth_tile) <= _MOST_PIECES
         ]
+    if tokens > 1:
+        found += ring_tiles_candidates(shape, tokens)
     if tokens <= 8:
         found += [_tiles(shape, tokens, 8, *numbers) for numbers in _TILES_OF_FEW[: 2 if tokens == 1 else None]]
     elif tokens <= _MOST_TOKENS_TIMED:
