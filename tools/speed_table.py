@@ -57,7 +57,7 @@ DATASETS: dict[str, tuple[float, ...]] = {
 }
 VOCABULARY = 151936
 MOST_REQUESTS = 256  # at a time
-WARM_UP_REQUESTS = 400
+WARM_UP_REQUESTS = 200
 
 
 @dataclass(frozen=True)
