@@ -4,9 +4,8 @@
 
 Runs from a bare checkout. Engines are compiled in memory, from random weights made on the GPU, by what build.py runs;
 requests, clocks and warm-up are those of benchmark.py. Decode tokens/s are medians of --repeats runs after one in full.
-A dataset is served once after warm-up: a small one after it was served before, a large one after its first requests, so
-that most of its graphs are captured by then, and the others count as time. The last thing printed is a table; figures
-so far are in the output file at any time.
+A dataset is served twice, and the second time counts: by then its kernels are compiled and its graphs captured. The
+last thing printed is a table; figures so far are in the output file at any time.
 """
 
 import gc
@@ -57,7 +56,6 @@ DATASETS: dict[str, tuple[float, ...]] = {
 }
 VOCABULARY = 151936
 MOST_REQUESTS = 256  # at a time
-WARM_UP_REQUESTS = 200
 
 
 @dataclass(frozen=True)
@@ -113,7 +111,7 @@ def measure_mode(args: SpeedArgs, mode: str, shape_dir: Path, device: torch.devi
             yield f"first token after {shape.input_len}, ms", 1e3 * (found.one_token_seconds or 0)
     workloads = {name: read_workload(name) for name in args.datasets}
     for name, workload in workloads.items():
-        backend.warm_up(workload.prompts[:WARM_UP_REQUESTS], workload.output_lens[:WARM_UP_REQUESTS], MOST_REQUESTS)
+        backend.warm_up(workload.prompts, workload.output_lens, MOST_REQUESTS)
         yield f"{name}, requests/s", len(workload.prompts) / trace(backend, workload, MOST_REQUESTS).seconds
 
 

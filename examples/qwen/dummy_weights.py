@@ -31,8 +31,10 @@ def load_dummy_weights(model: Module, device: torch.device, seed: int = 0) -> No
         parameter.set_loader(partial(_random, name, parameter, device, seed))
     for _, module in model.named_modules():
         if isinstance(module, WeightOnlyMatmul):
-            scale = _STANDARD_DEVIATION / _INTEGER_DEVIATION[module.bits]
-            module.scale.set_loader(partial(torch.full, module.scale.shape, scale, device=device))
+            scale = torch.tensor(_STANDARD_DEVIATION / _INTEGER_DEVIATION[module.bits])
+            if module.scale.shape[1] > 1:
+                scale = scale.half()  # as quantizers leave those of groups, for kernels that hold them so
+            module.scale.set_loader(partial(torch.full, module.scale.shape, scale.item(), device=device))
 
 
 def _random(name: str, parameter: Parameter, device: torch.device, seed: int) -> torch.Tensor:

@@ -5,8 +5,11 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import datasets
 import pytest
+
+pytest.importorskip("datasets", reason="other datasets than the bundled one need it")
+
+import datasets
 from texts.articles import BUNDLED_ARTICLES, Article, load_articles
 
 ROWS = [{"article": f"Article {i}.\u2028Still {i}.", "highlights": f"Highlight {i}.", "id": str(i)} for i in range(5)]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import build
 import pytest
+import torch
 import weight
 from checkpoints import write_qwen1_checkpoint, write_qwen2_checkpoint
 from command_line import run_script
@@ -129,6 +130,13 @@ def test_random_weights_are_not_judged(run: Run, tmp_path: Path) -> None:
         code, out, err = run(*flags, "--dummy_weights")
         assert code == 0 and "not measured, the weights are random" in out, err
         on_cpu(Engine.from_dir(tmp_path / "engine")).decode_batch([[1, 2]], SamplingConfig(max_new_tokens=2))
+
+
+def test_random_scales_of_groups_are_such_as_a_kernel_holds_in_float16(run: Run, tmp_path: Path) -> None:
+    run(*INT4, "--per_group", "--group_size", 32, "--dummy_weights")
+    weights = Engine.from_dir(tmp_path / "engine").weights
+    scales = [weights[name] for name in weights if name.endswith("scale") and weights[name].shape[1] > 1]
+    assert scales and all(torch.equal(scale.half().float(), scale) for scale in scales)
 
 
 @pytest.mark.parametrize(

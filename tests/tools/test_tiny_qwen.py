@@ -4,6 +4,10 @@ import random
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("tiktoken", reason="training a checkpoint needs it")
+pytest.importorskip("rouge_score", reason="training a checkpoint needs it")
+
 import tiktoken
 import torch
 from hypothesis import given, settings
