@@ -38,13 +38,7 @@ from triton.language.extra.cuda.gdc import gdc_launch_dependents, gdc_wait
 
 from ..tactics.tactic import SHARED_BYTES
 from .resident_stream import PLANE
-
-ROWS = gl.constexpr(64)  # of a consumer
-_PIECE = gl.constexpr(64)  # tokens whose sums pass through shared memory together at the end
-
-# Registers of a lane, by the number of consumers: of any at the launch, of a worker in its partition. The first
-# consumer has what is left, 232 and 160.
-_LAUNCH_REGISTERS = {2: 168, 3: 128}
+from .warpgroups import LAUNCH_REGISTERS, PIECE, ROWS, by_row, pieces_of, staging_of, store_outputs
 
 
 @gluon.constexpr_function
@@ -253,47 +247,16 @@ def _consume(
         sums += biases[:, None]
     mbarrier.wait(all_done, 0)  # nobody reads x any more, whose ring the sums now pass through
     gdc_wait()
-    staging_layout: gl.constexpr = gl.SwizzledSharedLayout(8, 2, 4, [1, 0])  # eight rows of four pairs of tokens a warp
-    staging = x_ring._reinterpret(gl.float32, [CONSUMERS, _PIECE, ROWS], staging_layout).index(INDEX)
+    staging = staging_of(x_ring, INDEX, CONSUMERS, gl.float32)
     out_ptr += split.to(gl.int64) * tokens * num_rows
-    NUM_PIECES: gl.constexpr = TOKEN_TILE // _PIECE
-    WIDTH: gl.constexpr = 16 if IS_GATED else 8  # so that a lane writes 16 bytes of float16
-    by_row: gl.constexpr = gl.BlockedLayout([1, WIDTH], [32 * WIDTH // ROWS, ROWS // WIDTH], [4, 1], [1, 0])
-    pieces = _pieces(sums, NUM_PIECES)
+    NUM_PIECES: gl.constexpr = TOKEN_TILE // PIECE
+    layout: gl.constexpr = by_row(IS_GATED)
+    pieces = pieces_of(sums, NUM_PIECES)
     for piece in gl.static_range(NUM_PIECES):
         staging.store(gl.permute(pieces[piece], [1, 0]))
-        _store_outputs(
-            staging.load(by_row), out_ptr, first_token + piece * _PIECE, first_row, tokens, num_rows, IS_GATED
+        store_outputs(
+            staging.load(layout), out_ptr, first_token + piece * PIECE, first_row, tokens, num_rows, IS_GATED
         )
-
-
-@gluon.jit
-def _pieces(sums, COUNT: gl.constexpr):
-    """Sums of COUNT pieces of the tokens, in order."""
-    if COUNT == 1:
-        pieces = (sums,)
-    else:
-        halves = gl.permute(gl.reshape(sums, [sums.shape[0], 2, sums.shape[1] // 2]), [0, 2, 1])
-        first, second = gl.split(halves)
-        pieces = _pieces(first, COUNT // 2) + _pieces(second, COUNT // 2)
-    return pieces
-
-
-@gluon.jit
-def _store_outputs(sums, out_ptr, first_token, first_row, tokens, num_rows, IS_GATED: gl.constexpr):
-    """Gate sums [tokens, rows], or not, and write them."""
-    width = num_rows
-    outputs = sums
-    if IS_GATED:
-        fc, gate = gl.split(gl.reshape(sums, [sums.shape[0], sums.shape[1] // 2, 2]))
-        outputs = fc / (1.0 + gl.exp(-fc)) * gate
-        first_row = first_row // 2
-        width = num_rows // 2
-    layout: gl.constexpr = outputs.type.layout
-    token_ids = first_token + gl.arange(0, outputs.shape[0], gl.SliceLayout(1, layout))
-    columns = first_row + gl.arange(0, outputs.shape[1], gl.SliceLayout(0, layout))
-    mask = (token_ids < tokens)[:, None] & (columns < width)[None, :]
-    gl.store(out_ptr + (token_ids.to(gl.int64) * width)[:, None] + columns[None, :], outputs, mask=mask)
 
 
 @gluon.jit(do_not_specialize=["tokens"])
@@ -418,5 +381,5 @@ def multiply(
         scale, zero, bias, out, tokens, num_rows, num_blocks, num_groups, triton.cdiv(num_blocks, num_splits),
         BITS=bits, PLANES_PER_GROUP=planes_per_group, HAS_ZERO=zero is not None, HAS_BIAS=bias is not None,
         IS_GATED=is_gated, CONSUMERS=consumers, TOKEN_TILE=token_tile, X_STAGES=x_stages, WORD_STAGES=word_stages,
-        num_warps=4, maxnreg=_LAUNCH_REGISTERS[consumers], launch_pdl=True,
+        num_warps=4, maxnreg=LAUNCH_REGISTERS[consumers], launch_pdl=True,
     )  # fmt: skip
