@@ -38,7 +38,8 @@ from tensorrt_llm.kernels.cuda import (
 )
 from tensorrt_llm.kernels.cuda.attention import GptAttention
 from tensorrt_llm.kernels.cuda.gated_mlp import gated_mlp_by, silu_mul
-from tensorrt_llm.kernels.cuda.smooth_quant import smooth_quant_gated_mlp_by
+from tensorrt_llm.kernels.cuda.linear import matmul_by
+from tensorrt_llm.kernels.cuda.smooth_quant import smooth_quant_gated_mlp_by, smooth_quant_gemm_by
 from tensorrt_llm.kernels.cuda.weight_only import weight_only_gated_mlp_by, weight_only_quant_matmul_by
 from tensorrt_llm.kernels.tactics import MatmulShape, Tactic, Tactics, bucket_of, candidates
 from tensorrt_llm.kernels.tactics.weight_only import stream, tiles
@@ -60,12 +61,13 @@ KERNELS = (
     ("prefill_attention", "_prefill"),
     ("weight_only", "_stream_rows"),
     ("weight_only", "_multiply_tiles"),
-    ("weight_only", "_add_splits"),
+    ("epilogue", "_add_splits"),
     ("weight_only", "_widen"),
     ("resident_stream", "_resident_rows"),
     ("ring_stream", "_ring_rows"),
     ("ring_tiles", "_ring_tiles"),
     ("wgmma_tiles", "_wgmma_tiles"),
+    ("wgmma_plain", "_wgmma_plain"),
     ("smooth_quant", "_quantize"),
     ("smooth_quant", "_stream_rows"),
     ("smooth_quant", "_multiply_tiles"),
@@ -265,6 +267,28 @@ def multiply_on_warpgroups() -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"wgmma_{token_tile}_{row_tile}_int{bits}_{name}", call
 
 
+def multiply_plain_on_warpgroups() -> Iterator[tuple[str, Callable[[], None]]]:
+    """Every tile of operands that are multiplied as they are: the gated MLP, and projections with bias."""
+    for (token_tile, row_tile), dtype in product(
+        ((128, 128), (128, 192), (256, 128), (256, 192)), (torch.float16, torch.bfloat16, torch.int8)
+    ):
+        tactic, name = Tactic("wgmma", token_tile, row_tile, num_splits=2 if dtype == torch.bfloat16 else 1), str(dtype)
+        x = empty(256, 4096, dtype=dtype)
+        if dtype == torch.float16:
+            tactics = Tactics({(MatmulShape("gated_mlp", 22016, 4096, dtype), 256): tactic})
+            call = partial(gated_mlp_by, tactics, x, empty(22016, 4096, dtype=dtype), dtype="float16")
+        elif dtype == torch.bfloat16:
+            tactics = Tactics({(MatmulShape("matmul", 4096, 4096, dtype), 256): tactic})
+            weight, bias = empty(4096, 4096, dtype=dtype), empty(4096, dtype=dtype)
+            call = partial(matmul_by, tactics, x, weight, bias, dtype="bfloat16")
+        else:
+            tactics = Tactics({(MatmulShape("smooth_quant_gemm", 4096, 4096, dtype, 8), 256): tactic})
+            weight, bias = empty(4096, 4096, dtype=dtype), empty(4096, dtype=torch.float16)
+            operands = x, empty(256, 1), weight, empty(4096), bias
+            call = partial(smooth_quant_gemm_by, tactics, *operands, dtype="float16")
+        yield f"plain_{token_tile}_{row_tile}_{name.removeprefix('torch.')}", call
+
+
 def multiply_integers(tokens: int, dtype: str) -> None:
     """A projection in W8A8, for one token, or the gated MLP."""
     x, x_scale = empty(tokens, 4096, dtype=torch.int8), empty(tokens, 1)
@@ -319,7 +343,7 @@ def compile_quantized(cases: dict[str, Any]) -> None:
             for case, call in multiply_in_ring_tiles(tokens, dtype, bits):
                 with recording() as cases[case]:
                     call()
-    for case, call in multiply_on_warpgroups():
+    for case, call in (*multiply_on_warpgroups(), *multiply_plain_on_warpgroups()):
         with recording() as cases[case]:
             call()
     with recording() as cases["resident_float16"]:

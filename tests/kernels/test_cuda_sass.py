@@ -62,12 +62,13 @@ def test_a_kernel_that_starts_early_reads_only_weights_and_step_inputs_before_it
     assert {kernel for _, kernel in before_wait} == {
         "_stream_rows", "_multiply_tiles", "_rms_norm", "_rope_kv", "_silu_mul", "_quantize", "_decode_one_head",
         "_combine_splits", "_add_splits", "_resident_rows", "_ring_rows", "_ring_tiles", "_wgmma_tiles",
+        "_wgmma_plain",
     }  # fmt: skip
     writes = [name for name, opcodes in before_wait.items() if any(op.startswith(GLOBAL_WRITES) for op in opcodes)]
     reads = {kernel for (_, kernel), opcodes in before_wait.items() if any(op.startswith("LDG") for op in opcodes)}
     assert not writes and reads == {
         "_stream_rows", "_rms_norm", "_rope_kv", "_quantize", "_decode_one_head", "_resident_rows",
-        "_ring_rows", "_ring_tiles", "_wgmma_tiles",
+        "_ring_rows", "_ring_tiles", "_wgmma_tiles", "_wgmma_plain",
     }  # fmt: skip
 
 
@@ -168,6 +169,21 @@ def test_products_on_warpgroups_do_not_wait_for_each_other(compiled: dict[str, d
         # A wait for each plane and a few around the loop; the compiler's own would come behind each instruction.
         assert count(facts, "WARPGROUP.DEPBAR") <= consumers * planes, case
         assert count(facts, "STG.E.128") >= 4 and count(facts, "I2F") <= 8 * consumers, case
+        assert facts["registers"] * 32 * 4 * (consumers + 1) <= 65536 and facts["shared"] <= 227 * 1024, case
+
+
+def test_plain_products_on_warpgroups_wait_once_for_each_stage(compiled: dict[str, dict[str, Any]]) -> None:
+    tiles = {case: facts["_wgmma_plain"] for case, facts in compiled.items() if case.startswith("plain_")}
+    assert len(tiles) == 12
+    for case, facts in tiles.items():
+        _, token_tile, row_tile, dtype = case.split("_")
+        consumers, is_integer = int(row_tile) // 64, dtype == "int8"
+        tokens = min(int(token_tile), 128) if is_integer or consumers == 3 else int(token_tile)
+        opcode = f"IGMMA.64x{tokens}x32.S8.S8" if is_integer else f"HGMMA.64x{tokens}x16.F32"
+        assert count(facts, opcode) == count(facts, "HGMMA", "IGMMA") == consumers * 4 * int(token_tile) // tokens, case
+        # One in the loop and one behind it; the compiler's own would come behind each instruction.
+        assert count(facts, "WARPGROUP.DEPBAR") == 2 * consumers, case
+        assert count(facts, "LDSM") == 0 and count(facts, "STG.E.128") >= 4, case
         assert facts["registers"] * 32 * 4 * (consumers + 1) <= 65536 and facts["shared"] <= 227 * 1024, case
 
 

@@ -106,6 +106,22 @@ def test_warpgroups_are_candidates_for_many_tokens_in_16_bits_and_whole_planes()
     assert not warpgroups(down._replace(depth=11004, num_groups=1), 256), "rows of x do not begin at 16 bytes"
 
 
+def test_plain_operands_on_warpgroups_are_candidates_only_where_they_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    def warpgroups(shape: MatmulShape, tokens: int) -> int:
+        return sum(tactic.way == "wgmma" for tactic in candidates(shape, tokens))
+
+    floats, integers = MatmulShape("matmul", 4096, 11008, HALF), MatmulShape("smooth_quant_gemm", 96, 64, torch.int8, 8)
+    assert not warpgroups(floats, 256) and not warpgroups(integers, 256)
+    monkeypatch.setattr("tensorrt_llm.kernels.tactics.warpgroups.TRIES_PLAIN_OPERANDS", True)
+    for shape in (floats, floats._replace(dtype=torch.bfloat16, op="gated_mlp"), integers):
+        assert all(warpgroups(shape, tokens) >= 3 for tokens in (128, 256, 512, 1024)) and not warpgroups(shape, 64)
+        assert heuristic(shape, 256) == candidates(shape, 256)[0] and heuristic(shape, 256).way != "wgmma"
+        assert len(candidates(shape, 128)) <= 16
+    assert not warpgroups(floats._replace(dtype=torch.float32), 256)
+    assert not warpgroups(floats._replace(depth=11004), 256), "rows do not begin at 16 bytes"
+    assert not warpgroups(integers._replace(depth=72), 256), "rows do not begin at 16 bytes"
+
+
 @pytest.mark.parametrize(("tokens", "rows", "depth"), [(256, 4096, 4096), (128, 4096, 11008), (217, 12288, 4096)])
 def test_programs_of_warpgroups_run_all_at_once_where_splits_allow_it(tokens: int, rows: int, depth: int) -> None:
     tactic = heuristic(MatmulShape("weight_only_quant_matmul", rows, depth, HALF, 8), tokens)

@@ -5,6 +5,7 @@
 Both kernels are bound by the reading of the weight. One token: rows are streamed through float32 FMAs, the first of
 them while the kernel before still runs (overlap.py). A few: tensor cores, with the weight as the left operand, whose
 side of a tile has 64 rows or so, so that few tokens are little padding. Which, and in which tiles: kernels/tactics.
+More than 64 tokens are multiplied by cuBLAS, or on warpgroups of Hopper (wgmma_plain.py).
 Sums are in float32 and in a fixed order: a row of x has the same bits in any batch that is multiplied the same way.
 """
 
@@ -18,7 +19,7 @@ import triton.language as tl
 from ...dtype import torch_dtype
 from ..tactics import LIBRARY, MatmulShape, Tactic, Tactics
 from ..tactics.dense import tiles
-from . import ring_tiles
+from . import ring_tiles, wgmma_plain
 from .epilogue import store_outputs, tile_rows
 from .kv_pool import dot_dtype
 from .overlap import has_dependent_launch, overlapping, start_next, wait_for_previous
@@ -91,6 +92,8 @@ def choose(tactics: Tactics, op: str, x: torch.Tensor, weight: torch.Tensor) -> 
     tactic = tactics.choose(*facts, tokens)
     if tactic.way == "ring_tiles" and not has_dependent_launch(x.device):
         return tiles(MatmulShape(*facts), tokens)
+    if tactic.way == "wgmma" and not wgmma_plain.takes(x, weight):
+        return LIBRARY
     return tactic
 
 
@@ -119,6 +122,9 @@ def multiply(
         return out
     if tactic.way == "ring_tiles":
         ring_tiles.multiply(x, None, weight, None, bias, out, is_gated=is_gated, tactic=tactic)
+        return out
+    if tactic.way == "wgmma":
+        wgmma_plain.multiply(x, None, weight, None, bias, out, is_gated=is_gated, tactic=tactic)
         return out
     # Token tiles come first in the grid, so programs that run together share rows of the weight.
     _multiply_tiles[(triton.cdiv(tokens, token_tile), triton.cdiv(num_rows, row_tile))](

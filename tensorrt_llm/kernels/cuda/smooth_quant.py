@@ -22,8 +22,8 @@ import triton.language as tl
 from ...dtype import torch_dtype
 from ..tactics import MatmulShape, Tactic, Tactics
 from ..tactics.smooth_quant import tiles
-from . import ring_tiles
-from .epilogue import interleaved, store_outputs, tile_rows
+from . import ring_tiles, wgmma_plain
+from .epilogue import interleaved, scaled, store_outputs, stride_of, tile_rows
 from .int8_rows import quantize_rows, round_to_int8
 from .integer_planes import HAS_PTX
 from .overlap import has_dependent_launch, overlapping, start_next, wait_for_previous
@@ -70,14 +70,6 @@ def _dot_bytes(sums, left, right):
 
 
 @triton.jit
-def _scaled(sums, rows, token_ids, tokens, x_scale_ptr, x_scale_stride, weight_scale_ptr):
-    """int32 sums [TOKEN_TILE, ROW_TILE] to float32, times both scales."""
-    x_scale = tl.load(x_scale_ptr + token_ids * x_scale_stride, mask=token_ids < tokens, other=0.0)
-    weight_scale = tl.load(weight_scale_ptr + rows)
-    return sums.to(tl.float32) * (x_scale[:, None] * weight_scale[None, :])
-
-
-@triton.jit
 def _stream_rows(
     x_ptr, x_scale_ptr, weight_ptr, weight_scale_ptr, bias_ptr, out_ptr, num_rows,
     WORDS: tl.constexpr, ROW_TILE: tl.constexpr, WORD_TILE: tl.constexpr, HAS_BIAS: tl.constexpr,
@@ -102,7 +94,7 @@ def _stream_rows(
         x = tl.load(x_ptr + first + lanes[None, :], mask=mask, other=0, eviction_policy="evict_last")
         sums = _dot_bytes(sums, weight, tl.broadcast_to(x, [ROW_TILE, WORD_TILE]))
     token_ids = tl.arange(0, 1)
-    y = _scaled(tl.sum(sums, axis=1)[None, :], rows, token_ids, 1, x_scale_ptr, 0, weight_scale_ptr)
+    y = scaled(tl.sum(sums, axis=1)[None, :], rows, token_ids, 1, x_scale_ptr, 0, weight_scale_ptr)
     store_outputs(y, tile, token_ids, 1, num_rows, bias_ptr, out_ptr, 1, ROW_TILE, HAS_BIAS, IS_GATED)
 
 
@@ -128,7 +120,7 @@ def _multiply_tiles(
         weight = tl.load(weight_ptrs + first, mask=mask, other=0)
         x = tl.load(x_ptrs + first, mask=mask & token_mask, other=0)
         sums = tl.dot(weight, tl.trans(x), sums, out_dtype=tl.int32)
-    y = _scaled(tl.trans(sums), rows, token_ids, tokens, x_scale_ptr, x_scale_stride, weight_scale_ptr)
+    y = scaled(tl.trans(sums), rows, token_ids, tokens, x_scale_ptr, x_scale_stride, weight_scale_ptr)
     store_outputs(y, tile, token_ids, tokens, num_rows, bias_ptr, out_ptr, TOKEN_TILE, ROW_TILE, HAS_BIAS, IS_GATED)
 
 
@@ -215,6 +207,8 @@ def _choose(tactics: Tactics, op: str, x: torch.Tensor, weight: torch.Tensor) ->
     tactic = tactics.choose(*facts, tokens)
     if tactic.way == "ring_tiles" and not has_dependent_launch(x.device):
         return tiles(MatmulShape(*facts), tokens)
+    if tactic.way == "wgmma" and not wgmma_plain.takes(x, weight):
+        return tiles(MatmulShape(*facts), tokens)
     return tactic
 
 
@@ -249,9 +243,12 @@ def _launch_matmul(
     if tactic.way == "ring_tiles":
         ring_tiles.multiply(x, x_scale, weight, weight_scale, bias, out, is_gated=is_gated, tactic=tactic)
         return out
+    if tactic.way == "wgmma":
+        wgmma_plain.multiply(x, x_scale, weight, weight_scale, bias, out, is_gated=is_gated, tactic=tactic)
+        return out
     # Token tiles come first in the grid, so programs that run together share rows of the weight.
     _multiply_tiles[(triton.cdiv(tokens, token_tile), triton.cdiv(num_rows, row_tile))](
-        x, x_scale, weight, weight_scale, bias, out, tokens, num_rows, depth, 1 if x_scale.ndim == 2 else 0,
+        x, x_scale, weight, weight_scale, bias, out, tokens, num_rows, depth, stride_of(x_scale),
         TOKEN_TILE=token_tile, ROW_TILE=row_tile, DEPTH_TILE=tactic.depth_tile, NUM_STAGES=tactic.num_stages, **flags,
         num_warps=tactic.num_warps, **overlapping(x.device, is_early=tokens <= 64),
     )  # fmt: skip

@@ -25,7 +25,7 @@ A row of x has the same bits in any batch that is multiplied the same way.
 
 import math
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,11 +39,12 @@ from ..quantized_reference import split_optional
 from ..tactics import MatmulShape, Tactic, Tactics
 from ..tactics.weight_only import plane_size, stream, tiles, without_warpgroups
 from . import resident_stream, ring_stream, ring_tiles, wgmma_tiles
-from .epilogue import interleaved, store_outputs, tile_rows
+from .epilogue import add_splits, interleaved, store_outputs, tile_rows
 from .integer_planes import HAS_PTX, integer_plane
 from .kv_pool import dot_dtype
 from .linear import library_matmul
 from .overlap import has_dependent_launch, overlapping, start_next, wait_for_previous
+from .warpgroups import has_warpgroups
 
 # The bits of one in float32. An integer among the last 23 of them adds its share of one. The kernel takes this as an
 # argument: an instruction has room for one constant, and that is the mask or the choice of bytes.
@@ -190,7 +191,7 @@ def _multiply_tiles(
 
     The weight is the left operand: tensor cores take that one from the registers in which it is unpacked. IS_WHOLE says
     that depth is a number of whole blocks; with IS_SPLIT the blocks of a row are divided among programs, whose float32
-    sums wait for `_add_splits`.
+    sums wait for `add_splits`.
     """
     start_next(OVERLAP)
     wait_for_previous(OVERLAP)
@@ -240,24 +241,6 @@ def _multiply_tiles(
             tl.trans(sums), tile, token_ids, tokens, num_rows, bias_ptr, out_ptr,
             TOKEN_TILE, ROW_TILE, HAS_BIAS, IS_GATED,
         )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["tokens"])
-def _add_splits(
-    partial_ptr, bias_ptr, out_ptr, tokens, num_rows, num_splits,
-    ROW_TILE: tl.constexpr, HAS_BIAS: tl.constexpr, IS_GATED: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
-    """Sums over partial [splits, tokens, rows] in order, then the end of a matmul."""
-    start_next(OVERLAP)
-    wait_for_previous(OVERLAP)
-    tile = tl.program_id(0)
-    token_ids = tl.program_id(1) + tl.arange(0, 1)
-    columns = tile * ROW_TILE + tl.arange(0, ROW_TILE)[None, :]
-    sums = tl.zeros([1, ROW_TILE], tl.float32)
-    for split in range(num_splits):
-        offsets = ((split * tokens).to(tl.int64) + token_ids[:, None]) * num_rows + columns
-        sums += tl.load(partial_ptr + offsets, mask=columns < num_rows, other=0.0).to(tl.float32)
-    store_outputs(sums, tile, token_ids, tokens, num_rows, bias_ptr, out_ptr, 1, ROW_TILE, HAS_BIAS, IS_GATED)
 
 
 @triton.jit
@@ -446,12 +429,6 @@ def _takes_warpgroups(x: torch.Tensor, weight: _Weight) -> bool:
     )
 
 
-@cache
-def has_warpgroups(device: torch.device) -> bool:
-    """Whether `device` has the instructions of wgmma_tiles.py: only Hopper does."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
-
-
 def _multiply(
     x: torch.Tensor, weight: _Weight, bias: torch.Tensor | None, dtype: str, tactic: Tactic, *, is_gated: bool
 ) -> torch.Tensor:
@@ -517,7 +494,7 @@ def _launch_warpgroups(
     else:
         partial_sums = torch.empty((num_splits, tokens, weight.num_rows), dtype=torch.float32, device=x.device)
         multiply(None, partial_sums, is_gated=False)
-        _launch_add_splits(partial_sums, bias, out, is_gated)
+        add_splits(partial_sums, bias, out, is_gated=is_gated)
     return out
 
 
@@ -550,22 +527,13 @@ def _launch_tiles(
         **overlapping(x.device, is_early=tokens <= 64 and (weight.bits == 4 or tokens > 8)),
     )  # fmt: skip
     if num_splits > 1:
-        _launch_add_splits(partial_sums, bias, out, is_gated)
+        add_splits(partial_sums, bias, out, is_gated=is_gated)
     return out
 
 
 def _planes_per_scale(weight: _Weight) -> int:
     """Planes of a block that share a scale; all, gcd(planes, 0), when a whole row does."""
     return math.gcd(16 // weight.bits, weight.planes_per_group)
-
-
-def _launch_add_splits(partial: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, is_gated: bool) -> None:
-    num_splits, tokens, num_rows = partial.shape
-    row_tile = min(1024, max(2, triton.next_power_of_2(num_rows)))
-    _add_splits[(triton.cdiv(num_rows, row_tile), tokens)](
-        partial, bias, out, tokens, num_rows, num_splits, ROW_TILE=row_tile, HAS_BIAS=bias is not None,
-        IS_GATED=is_gated, num_warps=4, **overlapping(out.device),
-    )  # fmt: skip
 
 
 # A dense weight is made at most this many elements at a time: 256 MB of workspace in 16 bits, all of a 7B's layers.
@@ -596,5 +564,5 @@ def _multiply_widened(
     if not is_gated:
         return product
     out = _empty_output(x.shape[0], weight, dtype, is_gated, x.device)
-    _launch_add_splits(product[None], None, out, is_gated)
+    add_splits(product[None], None, out, is_gated=is_gated)
     return out

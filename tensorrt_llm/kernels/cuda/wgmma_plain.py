@@ -12,7 +12,7 @@ consumers, multiply. A stage of the ring is 128 bytes of each row and of each to
 Both operands of a product are read where they lie. A consumer lets go of a stage when the product of the next one is
 under way.
 
-The depth of a tile may be divided among programs, whose sums, float32 or int32, wait for another kernel.
+The depth of a tile may be divided among programs, whose sums, float32 or int32, wait for `epilogue.add_splits`.
 
 Written in Gluon, which Triton's interpreter does not have, for compute capability 9.0, the only one with these
 instructions.
@@ -29,8 +29,9 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda.gdc import gdc_launch_dependents, gdc_wait
 
-from ..tactics.tactic import SHARED_BYTES
-from .warpgroups import LAUNCH_REGISTERS, PIECE, ROWS, by_row, pieces_of, staging_of, store_outputs
+from ..tactics.tactic import SHARED_BYTES, Tactic
+from .epilogue import add_splits, stride_of
+from .warpgroups import LAUNCH_REGISTERS, PIECE, ROWS, by_row, has_warpgroups, pieces_of, staging_of, store_outputs
 
 STAGE_BYTES = gl.constexpr(128)  # of a row or token in a stage
 
@@ -72,7 +73,7 @@ def _produce(
 
 @gluon.constexpr_function
 def _tokens_of_instruction(token_tile, consumers, is_integer):
-    """The whole tile, but for integers, which Triton multiplies for less than 256 tokens, and where registers are few."""
+    """The whole tile, but for integers, of which Triton has no product of 256 tokens, and where registers are few."""
     return min(token_tile, 128) if is_integer or consumers == 3 else token_tile
 
 
@@ -209,15 +210,10 @@ def _wgmma_plain(
 
 
 def takes(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether rows of both begin where copies of tiles can."""
-    return all(
+    """Whether the GPU has the instructions, and rows of both operands begin where copies of tiles can."""
+    return has_warpgroups(x.device) and all(
         operand.data_ptr() % 16 == 0 and operand.shape[1] * operand.element_size() % 16 == 0 for operand in (x, weight)
     )
-
-
-def num_blocks(x: torch.Tensor) -> int:
-    """Stages of a whole row."""
-    return triton.cdiv(x.shape[1] * x.element_size(), STAGE_BYTES.value)
 
 
 def multiply(
@@ -229,26 +225,46 @@ def multiply(
     out: torch.Tensor,
     *,
     is_gated: bool,
-    token_tile: int,
-    row_tile: int,
-    num_splits: int,
+    tactic: Tactic,
 ) -> None:
     """Fill out [T, n], or [T, n / 2] if gated: x [T, k] times weight [n, k] of one dtype, float16, bfloat16 or int8.
 
-    Scales are for int8. Of more than one split, out is [num_splits, T, n] in float32, or int32 for int8, and what comes
-    after the sums is left to another kernel: neither scales nor bias are given. No split is without a block. Operands
-    are such that `takes` says so. Tiles are of 128 or 256 tokens by 128 or 192 rows.
+    Scales are for int8, x's in float32 [T, 1] or [1], the weight's [n]. Operands are such that `takes` says so. Tiles
+    are of 128 or 256 tokens by 128 or 192 rows.
     """
-    tokens, num_rows, blocks = x.shape[0], weight.shape[0], num_blocks(x)
+    num_blocks = triton.cdiv(x.shape[1] * x.element_size(), STAGE_BYTES.value)
+    num_splits = triton.cdiv(num_blocks, triton.cdiv(num_blocks, tactic.num_splits))  # none is empty
+    if num_splits == 1:
+        _launch(x, x_scale, weight, weight_scale, bias, out, num_blocks, 1, is_gated, tactic)
+        return
+    sum_dtype = torch.int32 if x.dtype == torch.int8 else torch.float32
+    partial = torch.empty((num_splits, x.shape[0], weight.shape[0]), dtype=sum_dtype, device=x.device)
+    _launch(x, None, weight, None, None, partial, num_blocks, num_splits, False, tactic)
+    add_splits(partial, bias, out, is_gated=is_gated, x_scale=x_scale, weight_scale=weight_scale)
+
+
+def _launch(
+    x: torch.Tensor,
+    x_scale: torch.Tensor | None,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    num_blocks: int,
+    num_splits: int,
+    is_gated: bool,
+    tactic: Tactic,
+) -> None:
+    tokens, num_rows, token_tile, row_tile = x.shape[0], weight.shape[0], tactic.token_tile, tactic.row_tile
     columns, consumers = STAGE_BYTES.value // x.element_size(), row_tile // ROWS.value
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * x.element_size(), rank=2)
     # Token tiles come first in the grid, so programs that run together share rows of the weight.
     _wgmma_plain[(triton.cdiv(tokens, token_tile), triton.cdiv(num_rows, row_tile), num_splits)](
         TensorDescriptor.from_tensor(x, [token_tile, columns], layout),
         TensorDescriptor.from_tensor(weight, [ROWS.value, columns], layout),
-        x_scale, weight_scale, bias, out, tokens, num_rows, blocks, triton.cdiv(blocks, num_splits),
-        0 if x_scale is None or x_scale.ndim == 1 else 1,
-        HAS_SCALES=x_scale is not None, HAS_BIAS=bias is not None, IS_GATED=is_gated, CONSUMERS=consumers,
-        TOKEN_TILE=token_tile, STAGES=(SHARED_BYTES - 1024) // ((token_tile + row_tile) * STAGE_BYTES.value),
-        num_warps=4, maxnreg=LAUNCH_REGISTERS[consumers], launch_pdl=True,
+        x_scale, weight_scale, bias, out, tokens, num_rows, num_blocks, triton.cdiv(num_blocks, num_splits),
+        stride_of(x_scale), HAS_SCALES=x_scale is not None, HAS_BIAS=bias is not None, IS_GATED=is_gated,
+        CONSUMERS=consumers, TOKEN_TILE=token_tile,
+        STAGES=(SHARED_BYTES - 1024) // ((token_tile + row_tile) * STAGE_BYTES.value), num_warps=4,
+        maxnreg=LAUNCH_REGISTERS[consumers], launch_pdl=True,
     )  # fmt: skip

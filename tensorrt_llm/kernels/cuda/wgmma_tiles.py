@@ -17,7 +17,7 @@ group beside the others would leave registers for half of the tokens.
 
 Which tile is best is a matter of how many programs there are for each SM, which holds one: kernels/tactics.
 
-The depth of a tile may be divided among programs, whose float32 sums wait for `weight_only._add_splits`.
+The depth of a tile may be divided among programs, whose float32 sums wait for `epilogue.add_splits`.
 
 Written in Gluon, which Triton's interpreter does not have, for compute capability 9.0, the only one with these
 instructions.
@@ -254,9 +254,7 @@ def _consume(
     pieces = pieces_of(sums, NUM_PIECES)
     for piece in gl.static_range(NUM_PIECES):
         staging.store(gl.permute(pieces[piece], [1, 0]))
-        store_outputs(
-            staging.load(layout), out_ptr, first_token + piece * PIECE, first_row, tokens, num_rows, IS_GATED
-        )
+        store_outputs(staging.load(layout), out_ptr, first_token + piece * PIECE, first_row, tokens, num_rows, IS_GATED)
 
 
 @gluon.jit(do_not_specialize=["tokens"])

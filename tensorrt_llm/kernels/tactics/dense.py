@@ -3,6 +3,8 @@
 stream   row_tile rows of the weight a program, depth_tile columns at a time; one token only
 tiles    tensor cores on tiles of token_tile x row_tile, depth_tile columns at a time; any number of tokens
 ring_tiles  ring_tiles.py
+wgmma    tensor cores on tiles of token_tile x row_tile with warps of their own for copies (wgmma_plain.py), whose depth
+         may be divided among num_splits programs, in float16 or bfloat16 on a Hopper GPU; else library
 library  cuBLAS, and a kernel for SiLU behind it
 """
 
@@ -10,10 +12,15 @@ import torch
 
 from .ring_tiles import ring_tiles, ring_tiles_candidates
 from .tactic import LIBRARY, SHARED_BYTES, MatmulShape, Tactic, next_power_of_2
+from .warpgroups import TileTimes, plain_tiles
 
 # At 64 tokens tiles take 67 us for 22016 x 4096 and 441 for the logits, cuBLAS 74 and 461, but for fewer rows cuBLAS is
 # ahead (H100). At 32 tokens it is behind by 2 to 12 % (H200, the shapes of a 7B model).
 MOST_TOKENS, _MANY_ROWS = 32, 16384
+# Guesses, not measured: 8 TB/s from the L2 cache to all SMs, or 820 TFLOP/s.
+_WARPGROUP_TIMES = TileTimes(
+    {(128, 128): (2.2, 8.4), (128, 192): (4.0, 10.6), (256, 128): (3.4, 12.7), (256, 192): (5.0, 15.8)}, 6, 8
+)
 # Tiles are worth a timing up to here.
 _MOST_TOKENS_TIMED = 128
 
@@ -67,4 +74,6 @@ def candidates(shape: MatmulShape, tokens: int) -> list[Tactic]:
             if stages * (token_tile + rows) * columns * shape.dtype.itemsize <= SHARED_BYTES
             and (rows >= 64 or token_tile <= 32)
         ]
+    if shape.dtype != torch.float32:
+        found += plain_tiles(shape, tokens, _WARPGROUP_TIMES)
     return list(dict.fromkeys([*found, LIBRARY]))

@@ -3,10 +3,18 @@
 stream   row_tile rows of the weight a program, depth_tile columns at a time; one token, of whole words of four values
 tiles    tensor cores on tiles of token_tile x row_tile, depth_tile columns at a time; any number of tokens
 ring_tiles  ring_tiles.py
+wgmma    tensor cores on tiles of token_tile x row_tile with warps of their own for copies (wgmma_plain.py), whose depth
+         may be divided among num_splits programs, on a Hopper GPU; else tiles
 """
 
 from .ring_tiles import ring_tiles, ring_tiles_candidates
 from .tactic import MatmulShape, Tactic, next_power_of_2
+from .warpgroups import TileTimes, plain_tiles
+
+# Guesses, not measured: 8 TB/s from the L2 cache to all SMs, or 1500 TOP/s.
+_WARPGROUP_TIMES = TileTimes(
+    {(128, 128): (2.2, 4.2), (128, 192): (4.0, 5.3), (256, 128): (3.4, 6.3), (256, 192): (5.0, 8.7)}, 6, 8
+)
 
 
 def heuristic(shape: MatmulShape, tokens: int) -> Tactic:
@@ -59,4 +67,5 @@ def candidates(shape: MatmulShape, tokens: int) -> list[Tactic]:
         found += [Tactic("tiles", _token_tile(tokens, 64), *numbers) for numbers in _TILES_OF_FEW]
     else:
         found += [Tactic("tiles", *numbers) for numbers in _TILES_OF_MANY]
+        found += plain_tiles(shape, tokens, _WARPGROUP_TIMES)
     return list(dict.fromkeys(found))

@@ -19,6 +19,7 @@ import torch
 
 from .ring_tiles import ring_tiles, ring_tiles_candidates
 from .tactic import SHARED_BYTES, MatmulShape, Tactic, next_power_of_2
+from .warpgroups import TileTimes, split_tiles
 
 WIDENED = Tactic("widened")
 # Unpacking a weight again for each 64 tokens then costs what widening it once does. By bits.
@@ -42,7 +43,7 @@ def heuristic(shape: MatmulShape, tokens: int) -> Tactic:
     if shape.dtype == torch.float32:
         return WIDENED
     if 64 < tokens <= _MOST_TOKENS_OF_WARPGROUPS and _fits_warpgroups(shape):
-        return min(_warpgroups(shape, tokens), key=lambda tactic: _microseconds(shape, tokens, tactic))
+        return _warpgroups(shape, tokens)[0]
     return without_warpgroups(shape, tokens)
 
 
@@ -107,11 +108,9 @@ def _fits_ring(shape: MatmulShape, ring: Tactic) -> bool:
     )
 
 
-# Tokens and rows of a tile: microseconds of a program, and for a thousand columns of the weight. With those below, for
-# splits and for each megabyte of sums that they write and read, this says within 10 % what the products of a 7B model
-# take for 128 to 1024 tokens, in int8 and int4 (H100, with programs on most of its 132 SMs).
-_WARPGROUP_TILES = {(128, 128): (2.2, 5.9), (128, 192): (5.0, 7.8), (256, 128): (3.4, 10.6)}
-_SPLITS_US, _MEGABYTE_US, _MOST_SPLITS_OF_WARPGROUPS = 1.5, 0.3, 3
+# With what splits take (warpgroups.py), this says within 10 % what the products of a 7B model take for 128 to 1024
+# tokens, in int8 and int4 (H100, with programs on most of its 132 SMs).
+_WARPGROUP_TIMES = TileTimes({(128, 128): (2.2, 5.9), (128, 192): (5.0, 7.8), (256, 128): (3.4, 10.6)}, 3, 4)
 # The products of a layer in int8 take 577 us for 1024 tokens and 2577 for 4096; 787 and 2764 with widened weights. From
 # somewhere beyond that on, cuBLAS makes up for the widening.
 _MOST_TOKENS_OF_WARPGROUPS = 4096
@@ -127,26 +126,8 @@ def _fits_warpgroups(shape: MatmulShape) -> bool:
 
 
 def _warpgroups(shape: MatmulShape, tokens: int) -> list[Tactic]:
-    """Tiles in splits that run all at once."""
-    num_blocks = -(-shape.depth // block_size(shape))
-    found = []
-    for token_tile, row_tile in _WARPGROUP_TILES:
-        tiles = -(-tokens // token_tile) * -(-shape.rows // row_tile)
-        splits = range(1, 1 + max(1, min(_MOST_SPLITS_OF_WARPGROUPS, num_blocks // 4, 132 // max(tiles, 1))))
-        found += [Tactic("wgmma", token_tile, row_tile, num_splits=num_splits) for num_splits in splits]
-    return found
-
-
-def _microseconds(shape: MatmulShape, tokens: int, tactic: Tactic) -> float:
-    """What warpgroups may take, of which an SM has one program after another."""
-    programs = -(-tokens // tactic.token_tile) * -(-shape.rows // tactic.row_tile) * tactic.num_splits
-    blocks = -(-shape.depth // block_size(shape))
-    columns = -(-blocks // tactic.num_splits) * block_size(shape)
-    first, for_a_thousand = _WARPGROUP_TILES[tactic.token_tile, tactic.row_tile]
-    microseconds = -(-programs // 132) * (first + for_a_thousand * columns / 1000)
-    if tactic.num_splits > 1:
-        microseconds += _SPLITS_US + _MEGABYTE_US * tactic.num_splits * tokens * shape.rows * 8e-6
-    return microseconds
+    """The fastest first, by what they may take."""
+    return split_tiles(shape, tokens, block_size(shape), _WARPGROUP_TIMES)
 
 
 def _ring(shape: MatmulShape, row_tile: int, num_stages: int, num_warps: int, programs_per_sm: int | None) -> Tactic:
@@ -242,7 +223,7 @@ def candidates(shape: MatmulShape, tokens: int) -> list[Tactic]:
             # Sums of a whole row need no others beside them for a group.
             found += [_tiles(shape, tokens, 128, *numbers, 264) for numbers in ((64, 2, 4), (128, 2, 8), (128, 3, 8))]
     if tokens > 64 and _fits_warpgroups(shape):
-        found += sorted(_warpgroups(shape, tokens), key=lambda tactic: _microseconds(shape, tokens, tactic))[:5]
+        found += _warpgroups(shape, tokens)[:5]
     if tokens >= _LEAST_TOKENS_WIDENED:
         found.append(WIDENED)
     return list(dict.fromkeys(found))
