@@ -20,6 +20,7 @@ from tensorrt_llm.kernels.cuda import (
     weight_only,
     weight_only_gated_mlp,
 )
+from tensorrt_llm.kernels.cuda.epilogue import add_splits
 from tensorrt_llm.kernels.cuda.smooth_quant import prepare_last_smoother, prepare_quantize_per_token
 from tensorrt_llm.kernels.cuda.weight_only import (
     prepare_weight_only_gated_mlp,
@@ -187,6 +188,23 @@ def test_a_row_of_integers_does_not_depend_on_its_batch(device: torch.device) ->
     for rows in (slice(0, 1), slice(1, 4), slice(1, 18)):
         alone = smooth_quant_gemm(x[rows], x_scale[rows], weight, weight_scale, dtype="float16")
         assert torch.equal(alone, together[rows])
+
+
+@pytest.mark.parametrize("per_token", [True, False])
+@pytest.mark.parametrize("is_gated", [True, False])
+def test_int32_sums_of_splits_are_added_exactly_and_then_scaled(
+    device: torch.device, is_gated: bool, per_token: bool
+) -> None:
+    tokens, rows = 5, 70
+    partial = torch.randint(-(2**29), 2**29, (3, tokens, rows), dtype=torch.int32, device=device)
+    x_scale = torch.rand((tokens, 1) if per_token else (1,), device=device) / 2**20
+    weight_scale, bias = torch.rand(rows, device=device) / 2**10, torch.randn(rows, device=device)
+    sums = partial.sum(0).double() * (x_scale * weight_scale).double() + bias.double()
+    wanted = torch.nn.functional.silu(sums[:, ::2]) * sums[:, 1::2] if is_gated else sums
+    got = torch.empty(wanted.shape, device=device)
+    add_splits(partial, bias, got, is_gated=is_gated, x_scale=x_scale, weight_scale=weight_scale)
+    tolerance = 32 * roundoff("float32")
+    torch.testing.assert_close(got, wanted.float(), rtol=tolerance, atol=tolerance)
 
 
 # Weight-only

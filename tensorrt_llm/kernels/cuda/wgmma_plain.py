@@ -139,7 +139,7 @@ def _beside(values, sums):
     return gl.convert_layout(values, gl.SliceLayout(1, sums.type.layout), assert_trivial=True)[:, None]
 
 
-@gluon.jit(do_not_specialize=["tokens"])
+@gluon.jit(do_not_specialize=["tokens", "num_blocks", "blocks_per_split"])
 def _wgmma_plain(
     x_desc, weight_desc, x_scale_ptr, weight_scale_ptr, bias_ptr, out_ptr, tokens, num_rows, num_blocks,
     blocks_per_split, x_scale_stride,
