@@ -2,9 +2,10 @@
 
     x [tokens, k], W [n, k] -> [tokens, n];  rows of F and of G take turns in one weight (epilogue.py)
 
-Both kernels are bound by the reading of the weight. One token: rows are streamed through float32 FMAs, the first of
-them while the kernel before still runs (overlap.py). A few: tensor cores, with the weight as the left operand, whose
-side of a tile has 64 rows or so, so that few tokens are little padding. Which, and in which tiles: kernels/tactics.
+All are bound by the reading of the weight. One token: rows are streamed through float32 FMAs, the first of them while
+the kernel before still runs (overlap.py). A few: tensor cores, with the weight as the left operand, whose side of a
+tile has 64 rows or so, so that few tokens are little padding; up to 16 in ring_tiles.py, which begins early as well.
+Which, and in which tiles: kernels/tactics.
 Sums are in float32 and in a fixed order: a row of x has the same bits in any batch that is multiplied the same way.
 """
 
@@ -21,7 +22,8 @@ from ..tactics.dense import tiles
 from . import ring_tiles
 from .epilogue import store_outputs, tile_rows
 from .kv_pool import dot_dtype
-from .overlap import has_dependent_launch, overlapping, start_next, wait_for_previous
+from .overlap import overlapping, start_next, wait_for_previous
+from .splits import Arrivals
 
 
 @triton.jit
@@ -89,18 +91,25 @@ def choose(tactics: Tactics, op: str, x: torch.Tensor, weight: torch.Tensor) -> 
     tokens, depth = x.shape
     facts = op, weight.shape[0], depth, x.dtype, 0, 1, False
     tactic = tactics.choose(*facts, tokens)
-    if tactic.way == "ring_tiles" and not has_dependent_launch(x.device):
+    if tactic.way == "ring_tiles" and not ring_tiles.takes(x, weight):
         return tiles(MatmulShape(*facts), tokens)
     return tactic
 
 
 def multiply(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: str, tactic: Tactic, *, is_gated: bool
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: str,
+    tactic: Tactic,
+    *,
+    is_gated: bool,
+    arrivals: Arrivals | None = None,
 ) -> torch.Tensor:
     """x weight^T + bias, or the gated product, in `dtype`, by a stream (of one token) or in tiles.
 
-    No kernel of the step may have written the weight: a stream reads it before the kernels in front are done. In tiles,
-    a row's bits depend on the tactic, not on how many tokens there are.
+    No kernel of the step may have written the weight: streams and ring tiles read it before the kernels in front are
+    done. In tiles, a row's bits depend on the tactic, not on how many tokens there are. Ring tiles need `arrivals`.
     """
     assert x.is_contiguous() and weight.is_contiguous(), "dense matmul: rows must be contiguous"
     (tokens, depth), num_rows = x.shape, weight.shape[0]
@@ -118,7 +127,8 @@ def multiply(
         )  # fmt: skip
         return out
     if tactic.way == "ring_tiles":
-        ring_tiles.multiply(x, None, weight, None, bias, out, is_gated=is_gated, tactic=tactic)
+        assert arrivals is not None
+        ring_tiles.multiply(x, None, weight, None, bias, out, is_gated=is_gated, tactic=tactic, arrivals=arrivals)
         return out
     # Token tiles come first in the grid, so programs that run together share rows of the weight.
     _multiply_tiles[(triton.cdiv(tokens, token_tile), triton.cdiv(num_rows, row_tile))](
