@@ -114,21 +114,23 @@ class EngineFile:
         When the file is not as written, that is the error, also where the body failed over it.
         """
         self.begin_check()
+        check = self._check
         try:
             yield
         except Exception:
-            self._finish_check()
+            self._finish(check)
             raise
         except BaseException:
-            self._stop_check()
+            self._stop(check)
             raise
-        self._finish_check()
+        self._finish(check)
 
-    def _finish_check(self) -> None:
-        if self._check is None:
+    def _finish(self, check: DigestCheck | None) -> None:
+        """Compare what `check` made; None: all was compared before. Several threads may wait for one check."""
+        if check is None:
             return
         try:
-            digests = self._check.finish()
+            digests = check.finish()
             expected = self.metadata_object("weights_sha256")
             for name, found in digests.items():
                 if found != expected.get(name):
@@ -137,12 +139,12 @@ class EngineFile:
                         f"the file was altered or damaged"
                     )
         finally:
-            self._stop_check()
+            self._stop(check)
         self._is_checked = True
 
-    def _stop_check(self) -> None:
-        if self._check:
-            self._check.stop()
+    def _stop(self, check: DigestCheck | None) -> None:
+        if check:
+            check.stop()
         self._check = None
 
 

@@ -77,7 +77,7 @@ def main() -> None:
             from early_start import wake_gpu
 
             wake_gpu(args.device)
-    with parts.part("file opened, check of its weights begun"):
+    with parts.part("file opened" if args.late_check else "file opened, check of its weights begun"):
         from tensorrt_llm.engine_file import EngineFile
 
         file = EngineFile.of_folder(args.engine_dir)

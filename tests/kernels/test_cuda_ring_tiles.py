@@ -16,15 +16,17 @@ from tensorrt_llm.dtype import torch_dtype
 from tensorrt_llm.kernels import quantized_reference, reference
 from tensorrt_llm.kernels.cuda.dense import multiply
 from tensorrt_llm.kernels.cuda.epilogue import interleaved
+from tensorrt_llm.kernels.cuda.linear import matmul, matmul_by
 from tensorrt_llm.kernels.cuda.smooth_quant import prepare_smooth_quant_gated_mlp, smooth_quant_gemm_by
 from tensorrt_llm.kernels.cuda.smooth_quant import smooth_quant_gated_mlp_by as integer_gated_mlp_by
+from tensorrt_llm.kernels.cuda.splits import Arrivals
 from tensorrt_llm.kernels.cuda.weight_only import (
     prepare_weight_only_gated_mlp,
     prepare_weight_only_quant_matmul,
     weight_only_gated_mlp_by,
     weight_only_quant_matmul_by,
 )
-from tensorrt_llm.kernels.tactics import MatmulShape, Tactic, Tactics, bucket_of
+from tensorrt_llm.kernels.tactics import MatmulShape, Tactic, Tactics, bucket_of, heuristic
 from tensorrt_llm.quantization.quantize import pack_int4
 
 pytestmark = pytest.mark.gpu
@@ -76,7 +78,8 @@ def test_floats(
     bias = torch.randn(rows, device=device).to(torch_dtype(dtype))
     tactic = ring_tiles(tokens, 128, numbers)
     wanted = reference.matmul(x.double(), weight.double(), bias.double(), dtype="float32")
-    got = [multiply(x, weight, bias, out_dtype, tactic, is_gated=False) for _ in range(3)]
+    arrivals = Arrivals()
+    got = [multiply(x, weight, bias, out_dtype, tactic, is_gated=False, arrivals=arrivals) for _ in range(3)]
     assert_sums(got[0], wanted, out_dtype, depth)
     assert torch.equal(got[0], got[1]) and torch.equal(got[0], got[2]), "the same bits in every run"
 
@@ -88,7 +91,9 @@ def test_a_gated_mlp_of_floats(device: torch.device, numbers: Any, tokens: int) 
     x = torch.randn(tokens, depth, device=device).half()
     fc, gate = ((torch.randn(width, depth, device=device) / depth**0.5).half() for _ in range(2))
     wanted = reference.gated_mlp(x.double(), fc.double(), gate.double(), dtype="float32")
-    got = multiply(x, interleaved(fc, gate), None, "float16", ring_tiles(tokens, 128, numbers), is_gated=True)
+    got = multiply(
+        x, interleaved(fc, gate), None, "float16", ring_tiles(tokens, 128, numbers), is_gated=True, arrivals=Arrivals()
+    )
     # Factors of up to about 4, and an exponential.
     torch.testing.assert_close(got.float(), wanted, rtol=2e-3, atol=2e-3)
 
@@ -189,18 +194,67 @@ def test_a_gated_mlp_of_words(device: torch.device, form: Format, numbers: Any, 
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_two_weights_on_two_streams_do_not_count_each_other(device: torch.device) -> None:
-    """Programs of a tile are counted per weight."""
-    tactic = ring_tiles(8, 128, (32, 4, 2, 4))
-    x = torch.randn(8, 4096, device=device).half()
-    weights = [(torch.randn(256, 4096, device=device) / 64).half() for _ in range(2)]
-    alone = [multiply(x, weight, None, "float32", tactic, is_gated=False) for weight in weights]
-    streams = [torch.cuda.Stream(device) for _ in weights]
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_integers_have_the_same_bits_in_every_way(device: torch.device, has_bias: bool) -> None:
+    """Batch-invariant engines rest on it: sums are exact, and what follows them is the same arithmetic."""
+    rows, depth = 208, 1408
+    x, weight = (torch.randint(-128, 128, (n, depth), dtype=torch.int8, device=device) for n in (64, rows))
+    x_scale, weight_scale = torch.rand(64, 1, device=device) / 64, torch.rand(rows, device=device) / 512
+    bias = torch.randn(rows, device=device).half() if has_bias else None
+    shape = MatmulShape("smooth_quant_gemm", rows, depth, torch.int8, 8)
+    ways = {tokens: heuristic(shape, tokens).way for tokens in (1, 8, 64)}
+    assert len(set(ways.values())) == 3, ways
+    together, *parts = (
+        smooth_quant_gemm_by(Tactics(), x[:tokens], x_scale[:tokens], weight, weight_scale, bias, dtype="float16")
+        for tokens in (64, 32, 16, 8, 2, 1)
+    )
+    assert all(torch.equal(part, together[: len(part)]) for part in parts)
+
+
+def test_what_cannot_be_copied_16_bytes_at_a_time_is_multiplied_in_other_tiles(device: torch.device) -> None:
+    rows, depth = 72, 1000
+    x = torch.randn(5 * depth + 1, device=device).half()[1:].view(5, depth)
+    weight = (torch.randn(rows * depth + 1, device=device) / depth**0.5).half()[1:].view(rows, depth)
+    for given in ((x, weight.clone()), (x.clone(), weight)):
+        assert_sums(
+            matmul(*given, dtype="float32"),
+            reference.matmul(*map(torch.Tensor.double, given), dtype="float32"),
+            "float32",
+            depth,
+        )
+
+
+def test_a_captured_product_can_be_replayed(device: torch.device) -> None:
+    """The counts of programs are zeros again behind every launch."""
+    tactic, arrivals = ring_tiles(8, 128, (32, 4, 2, 4)), Arrivals()
+    x, weight = torch.randn(8, 4096, device=device).half(), (torch.randn(256, 4096, device=device) / 64).half()
+
+    def run() -> torch.Tensor:
+        return multiply(x, weight, None, "float32", tactic, is_gated=False, arrivals=arrivals)
+
+    wanted = run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = run()
+    for _ in range(3):
+        got.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(got, wanted)
+
+
+def test_two_sessions_on_two_streams_do_not_count_each_other(device: torch.device) -> None:
+    """Programs of a tile are counted for each session, also where both multiply by one weight."""
+    shape, tactic = MatmulShape("matmul", 256, 4096, torch.float16), ring_tiles(8, 128, (32, 4, 2, 4))
+    sessions = [Tactics({(shape, 8): tactic}) for _ in range(2)]
+    xs = [torch.randn(8, 4096, device=device).half() for _ in sessions]
+    weight = (torch.randn(256, 4096, device=device) / 64).half()
+    alone = [matmul_by(tactics, x, weight, dtype="float32") for tactics, x in zip(sessions, xs, strict=True)]
+    streams = [torch.cuda.Stream(device) for _ in sessions]
     torch.cuda.synchronize(device)
     for _ in range(50):
         together = []
-        for weight, stream in zip(weights, streams, strict=True):
+        for tactics, x, stream in zip(sessions, xs, streams, strict=True):
             with torch.cuda.stream(stream):
-                together.append(multiply(x, weight, None, "float32", tactic, is_gated=False))
+                together.append(matmul_by(tactics, x, weight, dtype="float32"))
         torch.cuda.synchronize(device)
         assert all(torch.equal(one, both) for one, both in zip(alone, together, strict=True))

@@ -155,6 +155,8 @@ def test_ring_tiles_are_filled_before_the_wait_and_share_an_sm(compiled: dict[st
         assert facts["before_wait"].count("LDGSTS.E.BYPASS.128") >= 8, case  # 128 bytes a lane
         assert not any(opcode.startswith("LDG.") for opcode in facts["before_wait"]), case
         assert facts["registers"] <= 200, case
+        if case.endswith("_8_0"):  # what is chosen for 8 tokens
+            assert 2 * facts["shared"] <= 227 * 1024, case
         assert count(facts, "HMMA.16816.F32", "IMMA.16832.S8.S8") >= 8, case
         assert count(facts, "LDSM") >= 4 and count(facts, "I2F") <= 32, case
 

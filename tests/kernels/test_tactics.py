@@ -19,7 +19,10 @@ from tensorrt_llm.kernels.tactics import (
     Tactics,
     bucket_of,
     candidates,
+    dense,
     heuristic,
+    smooth_quant,
+    weight_only,
 )
 from tensorrt_llm.models import QWenForCausalLM, quantize_model
 from tensorrt_llm.plan import Plan, PlanNode, TensorSpec
@@ -144,6 +147,14 @@ def test_ring_tiles_are_chosen_for_few_tokens_and_fit_an_sm() -> None:
                 if found.way == "ring_tiles"
             ]
             assert all(columns * 256 <= 227 * 1024 for columns in stages) and bool(stages) == (1 < tokens <= 64)
+
+
+def test_other_tiles_are_timed_beside_ring_tiles() -> None:
+    int8 = MatmulShape("weight_only_quant_matmul", 4096, 11008, HALF, 8)
+    integer = MatmulShape("smooth_quant_gemm", 4096, 11008, torch.int8, 8)
+    families = ((int8, weight_only), (integer, smooth_quant), (MatmulShape("matmul", 4096, 11008, HALF), dense))
+    for shape, family in families:
+        assert all(family.tiles(shape, tokens) in candidates(shape, tokens) for tokens in (2, 8, 16, 32, 64))
 
 
 def test_ring_tiles_are_left_out_where_rows_or_scales_cannot_be_copied() -> None:

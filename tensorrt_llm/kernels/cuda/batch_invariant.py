@@ -1,8 +1,8 @@
 """Ops whose rows have the same bits in any step: one way to compute them, whatever the number of tokens.
 
-Attention is held to splits of one size (attention.py). The kernels of all other ops, and the integer sums of
-SmoothQuant, are so by themselves: a row belongs to one program. The cost: one token takes a tile of 64, and prompts do
-without cuBLAS.
+Attention is held to splits of one size (attention.py). The integer sums of SmoothQuant are exact however they are made,
+and the kernels of all other ops are so by themselves: a row belongs to one program. The cost: one token takes a tile of
+64, and prompts do without cuBLAS.
 """
 
 import torch

@@ -2,10 +2,11 @@
 
     x [tokens, k], W [n, k] -> [tokens, n];  rows of F and of G take turns in one weight (epilogue.py)
 
-Both kernels are bound by the reading of the weight. One token: rows are streamed through float32 FMAs, the first of
-them while the kernel before still runs (overlap.py). A few: tensor cores, with the weight as the left operand, whose
-side of a tile has 64 rows or so, so that few tokens are little padding. Which, and in which tiles: kernels/tactics.
-More than 64 tokens are multiplied by cuBLAS, or on warpgroups of Hopper (wgmma_plain.py).
+All are bound by the reading of the weight. One token: rows are streamed through float32 FMAs, the first of them while
+the kernel before still runs (overlap.py). A few: tensor cores, with the weight as the left operand, whose side of a
+tile has 64 rows or so, so that few tokens are little padding; up to 16 in ring_tiles.py, which begins early as well.
+More than 64 tokens are multiplied by cuBLAS, or on warpgroups of Hopper (wgmma_plain.py). Which, and in which tiles:
+kernels/tactics.
 Sums are in float32 and in a fixed order: a row of x has the same bits in any batch that is multiplied the same way.
 """
 
@@ -22,7 +23,8 @@ from ..tactics.dense import tiles
 from . import ring_tiles, wgmma_plain
 from .epilogue import store_outputs, tile_rows
 from .kv_pool import dot_dtype
-from .overlap import has_dependent_launch, overlapping, start_next, wait_for_previous
+from .overlap import overlapping, start_next, wait_for_previous
+from .splits import Arrivals
 
 
 @triton.jit
@@ -90,7 +92,7 @@ def choose(tactics: Tactics, op: str, x: torch.Tensor, weight: torch.Tensor) -> 
     tokens, depth = x.shape
     facts = op, weight.shape[0], depth, x.dtype, 0, 1, False
     tactic = tactics.choose(*facts, tokens)
-    if tactic.way == "ring_tiles" and not has_dependent_launch(x.device):
+    if tactic.way == "ring_tiles" and not ring_tiles.takes(x, weight):
         return tiles(MatmulShape(*facts), tokens)
     if tactic.way == "wgmma" and not wgmma_plain.takes(x, weight):
         return LIBRARY
@@ -98,12 +100,19 @@ def choose(tactics: Tactics, op: str, x: torch.Tensor, weight: torch.Tensor) -> 
 
 
 def multiply(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: str, tactic: Tactic, *, is_gated: bool
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: str,
+    tactic: Tactic,
+    *,
+    is_gated: bool,
+    arrivals: Arrivals | None = None,
 ) -> torch.Tensor:
     """x weight^T + bias, or the gated product, in `dtype`, by a stream (of one token) or in tiles.
 
-    No kernel of the step may have written the weight: a stream reads it before the kernels in front are done. In tiles,
-    a row's bits depend on the tactic, not on how many tokens there are.
+    No kernel of the step may have written the weight: streams and ring tiles read it before the kernels in front are
+    done. In tiles, a row's bits depend on the tactic, not on how many tokens there are. Ring tiles need `arrivals`.
     """
     assert x.is_contiguous() and weight.is_contiguous(), "dense matmul: rows must be contiguous"
     (tokens, depth), num_rows = x.shape, weight.shape[0]
@@ -121,7 +130,8 @@ def multiply(
         )  # fmt: skip
         return out
     if tactic.way == "ring_tiles":
-        ring_tiles.multiply(x, None, weight, None, bias, out, is_gated=is_gated, tactic=tactic)
+        assert arrivals is not None
+        ring_tiles.multiply(x, None, weight, None, bias, out, is_gated=is_gated, tactic=tactic, arrivals=arrivals)
         return out
     if tactic.way == "wgmma":
         wgmma_plain.multiply(x, None, weight, None, bias, out, is_gated=is_gated, tactic=tactic)

@@ -21,6 +21,7 @@ from ..tactics import Tactics
 from . import dense
 from .epilogue import interleaved
 from .overlap import overlapping, start_next, wait_for_previous
+from .splits import arrivals_of
 
 
 def prepare_gated_mlp(fc: torch.Tensor, gate: torch.Tensor, *, dtype: str) -> tuple[torch.Tensor]:
@@ -63,7 +64,7 @@ def gated_mlp_by(tactics: Tactics, x: torch.Tensor, packed: torch.Tensor, *, dty
     tactic = dense.choose(tactics, "gated_mlp", x, packed)
     if tactic.way == "library":
         return silu_mul(F.linear(x, packed), dtype=dtype)
-    return dense.multiply(x, packed, None, dtype, tactic, is_gated=True)
+    return dense.multiply(x, packed, None, dtype, tactic, is_gated=True, arrivals=arrivals_of(tactics))
 
 
 gated_mlp = partial(gated_mlp_by, Tactics())

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from ...dtype import torch_dtype
 from ..tactics import Tactics
 from . import dense
+from .splits import arrivals_of
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ def matmul_by(
     tactic = dense.choose(tactics, "matmul", x, weight)
     if tactic.way == "library":
         return library_matmul(x, weight, bias, dtype=dtype)
-    return dense.multiply(x, weight, bias, dtype, tactic, is_gated=False)
+    return dense.multiply(x, weight, bias, dtype, tactic, is_gated=False, arrivals=arrivals_of(tactics))
 
 
 matmul = partial(matmul_by, Tactics())

@@ -30,8 +30,9 @@ from triton.language.extra.cuda.gdc import gdc_launch_dependents, gdc_wait
 
 from ..tactics import Tactic
 from .integer_planes import two_words_ptx
+from .overlap import has_dependent_launch
 from .resident_stream import PLANE
-from .splits import arrivals_of
+from .splits import Arrivals
 
 
 @gluon.constexpr_function
@@ -286,6 +287,11 @@ def _finish(
         gl.store(ptrs, y, mask=(token_ids < tokens)[:, None] & (rows < num_rows)[None, :])
 
 
+def takes(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether the GPU can start kernels early, and both begin where 16 bytes can be copied at a time."""
+    return has_dependent_launch(x.device) and x.data_ptr() % 16 == 0 and weight.data_ptr() % 16 == 0
+
+
 def multiply(
     x: torch.Tensor,
     x_scale: torch.Tensor | None,
@@ -299,22 +305,24 @@ def multiply(
     planes_per_group: int = 0,
     is_gated: bool,
     tactic: Tactic,
+    arrivals: Arrivals,
 ) -> None:
     """Fill out [tokens, n] with x [tokens, k] times weight, as the top of this file has it; Hopper or later.
 
     `bits` is that of words, else 0, with planes counted as in weight_only.py. x_scale is float32 [tokens, 1] or [1],
     weight_scale [n], or [groups, n] of words. Rows of x and of the weight are of whole pieces of 16 bytes, and where
-    there are groups the rows are a multiple of 16. No kernel of the step may have written the weight.
+    there are groups the rows are a multiple of 16; `takes` says whether they lie so. No kernel of the step may have
+    written the weight. `arrivals` are of launches that come one after the other.
     """
     tokens, num_rows = x.shape[0], weight.shape[0]
     num_tiles = triton.cdiv(num_rows, tactic.row_tile)
-    partial, arrivals = out, out  # never read or written as what they are called
+    partial, arrived = out, out  # never read or written as what they are called
     if tactic.num_splits > 1:
         dtype = torch.int32 if x.dtype == torch.int8 else torch.float32
         size = num_tiles * tactic.num_splits * tactic.row_tile * tactic.token_tile
-        partial, arrivals = torch.empty(size, dtype=dtype, device=x.device), arrivals_of(weight, num_tiles)
+        partial, arrived = torch.empty(size, dtype=dtype, device=x.device), arrivals.of(num_tiles, x.device)
     _ring_tiles[(num_tiles, tactic.num_splits)](
-        x, x_scale, weight, weight_scale, bias, out, partial, arrivals, tokens, num_rows,
+        x, x_scale, weight, weight_scale, bias, out, partial, arrived, tokens, num_rows,
         1 if weight_scale is None else weight_scale.shape[0], 0 if x_scale is None or x_scale.ndim == 1 else 1,
         PITCH=weight.shape[1], X_PITCH=x.shape[1], BITS=bits, PLANES_PER_SCALE=planes_per_scale,
         PLANES_PER_GROUP=planes_per_group, TOKEN_TILE=tactic.token_tile, ROW_TILE=tactic.row_tile,

@@ -6,8 +6,8 @@
     smooth_quant_gated_mlp     silu(x fc^T) * (x gate^T), each product as above
 
 x and weights are [rows, k] with k contiguous; x_scale is [tokens, 1] or [1]; i is the inverse of a smoother, made once.
-Integers are summed without rounding, so
-a result depends on nothing but its row of x and of the weight; scales, bias and gate are float32, rounded once.
+Integers are summed without rounding, so a result depends on nothing but its row of x and of the weight, in whichever
+way it is made: streamed, in ring tiles (ring_tiles.py) or in others. Scales, bias and gate are float32, rounded once.
 """
 
 # mypy: allow-untyped-defs
@@ -26,7 +26,8 @@ from . import ring_tiles, wgmma_plain
 from .epilogue import interleaved, scaled, store_outputs, stride_of, tile_rows
 from .int8_rows import quantize_rows, round_to_int8
 from .integer_planes import HAS_PTX
-from .overlap import has_dependent_launch, overlapping, start_next, wait_for_previous
+from .overlap import overlapping, start_next, wait_for_previous
+from .splits import arrivals_of
 
 
 @triton.jit
@@ -173,8 +174,7 @@ def smooth_quant_gemm_by(
     dtype: str,
 ) -> torch.Tensor:
     """int8 x [T, k] times the transpose of int8 weight [n, k], scaled, in `dtype`."""
-    tactic = _choose(tactics, "smooth_quant_gemm", x, weight)
-    return _launch_matmul(x, x_scale, weight, weight_scale, bias, dtype, tactic, is_gated=False)
+    return _launch_matmul(tactics, "smooth_quant_gemm", x, x_scale, weight, weight_scale, bias, dtype, is_gated=False)
 
 
 def prepare_smooth_quant_gated_mlp(*weights: torch.Tensor, dtype: str) -> tuple[torch.Tensor, ...]:
@@ -193,8 +193,8 @@ def smooth_quant_gated_mlp_by(
     dtype: str,
 ) -> torch.Tensor:
     """silu(x fc^T) * (x gate^T) in `dtype`, with the weights of `prepare_smooth_quant_gated_mlp`."""
-    tactic = _choose(tactics, "smooth_quant_gated_mlp", x, weight)
-    return _launch_matmul(x, x_scale, weight, weight_scale, None, dtype, tactic, is_gated=True)
+    op = "smooth_quant_gated_mlp"
+    return _launch_matmul(tactics, op, x, x_scale, weight, weight_scale, None, dtype, is_gated=True)
 
 
 smooth_quant_gemm = partial(smooth_quant_gemm_by, Tactics())
@@ -205,7 +205,7 @@ def _choose(tactics: Tactics, op: str, x: torch.Tensor, weight: torch.Tensor) ->
     tokens, depth = x.shape
     facts = op, weight.shape[0], depth, x.dtype, 8, 1, False
     tactic = tactics.choose(*facts, tokens)
-    if tactic.way == "ring_tiles" and not has_dependent_launch(x.device):
+    if tactic.way == "ring_tiles" and not ring_tiles.takes(x, weight):
         return tiles(MatmulShape(*facts), tokens)
     if tactic.way == "wgmma" and not wgmma_plain.takes(x, weight):
         return tiles(MatmulShape(*facts), tokens)
@@ -213,16 +213,18 @@ def _choose(tactics: Tactics, op: str, x: torch.Tensor, weight: torch.Tensor) ->
 
 
 def _launch_matmul(
+    tactics: Tactics,
+    op: str,
     x: torch.Tensor,
     x_scale: torch.Tensor,
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
     bias: torch.Tensor | None,
     dtype: str,
-    tactic: Tactic,
     *,
     is_gated: bool,
 ) -> torch.Tensor:
+    tactic = _choose(tactics, op, x, weight)
     tokens, depth = x.shape
     num_rows = weight.shape[0]
     assert x.is_contiguous() and weight.is_contiguous(), "smooth_quant: rows must be contiguous"
@@ -241,7 +243,9 @@ def _launch_matmul(
         )  # fmt: skip
         return out
     if tactic.way == "ring_tiles":
-        ring_tiles.multiply(x, x_scale, weight, weight_scale, bias, out, is_gated=is_gated, tactic=tactic)
+        ring_tiles.multiply(
+            x, x_scale, weight, weight_scale, bias, out, is_gated=is_gated, tactic=tactic, arrivals=arrivals_of(tactics)
+        )
         return out
     if tactic.way == "wgmma":
         wgmma_plain.multiply(x, x_scale, weight, weight_scale, bias, out, is_gated=is_gated, tactic=tactic)

@@ -8,10 +8,13 @@ in the order of the splits, in float32. Knows neither keys nor values.
 # mypy: allow-untyped-defs
 # The arguments of a kernel are Triton's values, for which Python has no types.
 
+from weakref import WeakKeyDictionary
+
 import torch
 import triton
 import triton.language as tl
-from torch.utils.weak import WeakTensorKeyDictionary
+
+from ..tactics import Tactics
 
 # A running maximum starts below every score, yet finite: -inf minus -inf would be NaN in an all-masked row.
 LOWEST = tl.constexpr(-1e30)
@@ -66,10 +69,9 @@ class Arrivals:
         return self._zeros[device, size]
 
 
-_arrivals_of_weights = WeakTensorKeyDictionary()
+_arrivals: WeakKeyDictionary[Tactics, Arrivals] = WeakKeyDictionary()
 
 
-def arrivals_of(weight: torch.Tensor, count: int) -> torch.Tensor:
-    """`Arrivals` of the products with one weight: they come one after the other, those of two sessions need not."""
-    arrivals: Arrivals = _arrivals_of_weights.setdefault(weight, Arrivals())
-    return arrivals.of(count, weight.device)
+def arrivals_of(tactics: Tactics) -> Arrivals:
+    """Those of all matmuls that `tactics` choose: a session has tactics of its own, and multiplies one at a time."""
+    return _arrivals.setdefault(tactics, Arrivals())

@@ -10,22 +10,26 @@ so lanes that take neighbouring words find neighbouring x for each of the PLANES
 shape of the words. A plane lies in one group: PLANE is 64, or less where groups need it. k is padded to whole blocks.
 Scales and zeros are [groups, n]. Rows of fc and gate take turns (epilogue.py).
 
-Three ways to multiply, chosen by the number of tokens (kernels/tactics): rows of weight streamed through float32 FMAs,
-where a trick that saves conversions leaves 16 bits of a product (`_times_integers`); tensor cores on integers, which
-float16 and bfloat16 both hold exactly, with the scale put on the float32 sum of a group; and, where the weight is read
-often enough to pay, and always in float32, cuBLAS on a weight widened in memory. That third one rounds the weight, to
-x's dtype: to 11 bits in float16, 8 in bfloat16, as x itself was rounded when it came to be. Two more, for one token,
-are resident_stream.py's, for a weight of few rows, and ring_stream.py's. One for 65 tokens and more, wgmma_tiles.py's,
-rounds a weight with scales of groups as the third one does, and no other weight.
+Three ways to multiply are here: rows of weight streamed through float32 FMAs, where a trick that saves conversions
+leaves 16 bits of a product (`_times_integers`); tensor cores on integers, which float16 and bfloat16 both hold exactly,
+with the scale put on the float32 sum of a group; and, always in float32, cuBLAS on a weight widened in memory. That
+third one rounds the weight, to x's dtype: to 11 bits in float16, 8 in bfloat16, as x itself was rounded when it came.
+On Hopper others take their place, by the number of tokens (kernels/tactics):
+
+    1        ring_stream.py, and resident_stream.py for a weight of few rows
+    2 to 32  ring_tiles.py
+    65 on    wgmma_tiles.py, which rounds a weight with scales of groups as the third way does, and no other weight
+
 A row of x has the same bits in any batch that is multiplied the same way.
 """
 
 # mypy: allow-untyped-defs, disable-error-code=assignment
 # The values of a kernel are Triton's, for which Python has no types: its tuples grow.
 
+import logging
 import math
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -44,7 +48,10 @@ from .integer_planes import HAS_PTX, integer_plane
 from .kv_pool import dot_dtype
 from .linear import library_matmul
 from .overlap import has_dependent_launch, overlapping, start_next, wait_for_previous
+from .splits import Arrivals, arrivals_of
 from .warpgroups import has_warpgroups
+
+logger = logging.getLogger(__name__)
 
 # The bits of one in float32. An integer among the last 23 of them adds its share of one. The kernel takes this as an
 # argument: an instruction has room for one constant, and that is the mask or the choice of bytes.
@@ -324,7 +331,8 @@ def weight_only_quant_matmul_by(
 ) -> torch.Tensor:
     """x [T, k] times the weight of `prepare_weight_only_quant_matmul`, plus bias, in `dtype`."""
     weight = _Weight(words, scale, zero, bits, x.shape[1])
-    return _multiply(x, weight, bias, dtype, _choose(tactics, "weight_only_quant_matmul", x, weight), is_gated=False)
+    tactic = _choose(tactics, "weight_only_quant_matmul", x, weight)
+    return _multiply(x, weight, bias, dtype, tactic, is_gated=False, arrivals=arrivals_of(tactics))
 
 
 def weight_only_gated_mlp_by(
@@ -340,7 +348,8 @@ def weight_only_gated_mlp_by(
 ) -> torch.Tensor:
     """silu(x fc^T) * (x gate^T) in `dtype`, with the weight of `prepare_weight_only_gated_mlp`."""
     weight = _Weight(words, scale, zero, bits, x.shape[1])
-    return _multiply(x, weight, None, dtype, _choose(tactics, "weight_only_gated_mlp", x, weight), is_gated=True)
+    tactic = _choose(tactics, "weight_only_gated_mlp", x, weight)
+    return _multiply(x, weight, None, dtype, tactic, is_gated=True, arrivals=arrivals_of(tactics))
 
 
 weight_only_quant_matmul = partial(weight_only_quant_matmul_by, Tactics())
@@ -413,7 +422,7 @@ def _choose(tactics: Tactics, op: str, x: torch.Tensor, weight: _Weight) -> Tact
     tactic = tactics.choose(*facts, tokens)
     if tactic.way in ("resident", "ring") and not has_dependent_launch(x.device):
         return stream(MatmulShape(*facts))
-    if tactic.way == "ring_tiles" and not has_dependent_launch(x.device):
+    if tactic.way == "ring_tiles" and not ring_tiles.takes(x, weight.words):
         return tiles(MatmulShape(*facts), tokens)
     if tactic.way == "wgmma" and not _takes_warpgroups(x, weight):
         return without_warpgroups(MatmulShape(*facts), tokens)
@@ -422,21 +431,47 @@ def _choose(tactics: Tactics, op: str, x: torch.Tensor, weight: _Weight) -> Tact
 
 def _takes_warpgroups(x: torch.Tensor, weight: _Weight) -> bool:
     """Whether the GPU has the instructions, x lies where its copies begin, and no scale is rounded before a product."""
-    return (
-        has_warpgroups(x.device)
-        and x.data_ptr() % 16 == 0
-        and (weight.num_groups == 1 or weight.scale.dtype == torch.float16)
-    )
+    if not has_warpgroups(x.device):
+        return False
+    if weight.num_groups > 1 and weight.scale.dtype != torch.float16:
+        _report_without_warpgroups("scales of groups are not all numbers of float16")
+        return False
+    if x.data_ptr() % 16:
+        _report_without_warpgroups("activations do not begin at a multiple of 16 bytes")
+        return False
+    return True
+
+
+@cache
+def _report_without_warpgroups(why: str) -> None:
+    """Say each reason once."""
+    logger.warning("weight-only matmuls of more than 64 tokens take a slower way: %s", why)
 
 
 def _multiply(
-    x: torch.Tensor, weight: _Weight, bias: torch.Tensor | None, dtype: str, tactic: Tactic, *, is_gated: bool
+    x: torch.Tensor,
+    weight: _Weight,
+    bias: torch.Tensor | None,
+    dtype: str,
+    tactic: Tactic,
+    *,
+    is_gated: bool,
+    arrivals: Arrivals | None = None,
 ) -> torch.Tensor:
     assert x.is_contiguous() and weight.words.is_contiguous(), "weight-only matmul: rows must be contiguous"
     if tactic.way == "widened":
         return _multiply_widened(x, weight, bias, dtype, is_gated)
     if tactic.way in ("stream", "resident", "ring"):
         return _launch_stream(x, weight, bias, dtype, is_gated, tactic)
+    if tactic.way == "ring_tiles":
+        assert arrivals is not None
+        out = _empty_output(x.shape[0], weight, dtype, is_gated, x.device)
+        ring_tiles.multiply(
+            x, None, weight.words, weight.scale, bias, out, bits=weight.bits,
+            planes_per_scale=_planes_per_scale(weight), planes_per_group=weight.planes_per_group, is_gated=is_gated,
+            tactic=tactic, arrivals=arrivals,
+        )  # fmt: skip
+        return out
     if tactic.way == "wgmma":
         return _launch_warpgroups(x, weight, bias, dtype, is_gated, tactic)
     return _launch_tiles(x, weight, bias, dtype, is_gated, tactic)
@@ -504,13 +539,6 @@ def _launch_tiles(
     tokens, depth = x.shape
     out = _empty_output(tokens, weight, dtype, is_gated, x.device)
     if tokens == 0:
-        return out
-    if tactic.way == "ring_tiles":
-        ring_tiles.multiply(
-            x, None, weight.words, weight.scale, bias, out, bits=weight.bits,
-            planes_per_scale=_planes_per_scale(weight), planes_per_group=weight.planes_per_group, is_gated=is_gated,
-            tactic=tactic,
-        )  # fmt: skip
         return out
     token_tile, row_tile, num_splits = tactic.token_tile, tactic.row_tile, tactic.num_splits
     partial_sums = out

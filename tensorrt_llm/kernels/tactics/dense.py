@@ -16,7 +16,7 @@ from .warpgroups import TileTimes, plain_tiles
 
 # At 64 tokens tiles take 67 us for 22016 x 4096 and 441 for the logits, cuBLAS 74 and 461, but for fewer rows cuBLAS is
 # ahead (H100). At 32 tokens it is behind by 2 to 12 % (H200, the shapes of a 7B model).
-MOST_TOKENS, _MANY_ROWS = 32, 16384
+_MOST_TOKENS_IN_TILES, _MANY_ROWS = 32, 16384
 # Guesses, not measured: 8 TB/s from the L2 cache to all SMs, or 820 TFLOP/s.
 _WARPGROUP_TIMES = TileTimes(
     {(128, 128): (2.2, 8.4), (128, 192): (4.0, 10.6), (256, 128): (3.4, 12.7), (256, 192): (5.0, 15.8)}, 6, 8
@@ -34,8 +34,8 @@ def heuristic(shape: MatmulShape, tokens: int) -> Tactic:
 
 
 def tiles(shape: MatmulShape, tokens: int) -> Tactic:
-    """Of 2 to 64 tokens, where no kernel starts early."""
-    if tokens > MOST_TOKENS:
+    """Of 2 to 64 tokens, in tiles that start after the kernel before, or soon."""
+    if tokens > _MOST_TOKENS_IN_TILES:
         return Tactic("tiles", 64, 64, 128, 5, 4) if shape.rows >= _MANY_ROWS else LIBRARY
     token_tile = max(16, next_power_of_2(tokens))
     # Where rows make fewer tiles than there are SMs, each program must have more under way.

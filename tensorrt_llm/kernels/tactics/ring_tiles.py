@@ -24,7 +24,7 @@ _BEST = {
 _COLUMNS = {"float": 128, "integer": 256, "int8": 256, "int4": 256}  # of a stage
 # Worth a timing.
 _NUMBERS = ((32, 6, 2, 396), (32, 4, 2, 792), (64, 4, 4, 132), (64, 4, 4, 264), (64, 3, 4, 264))
-MOST_TOKENS = 64
+_MOST_TOKENS_TIMED = 64
 
 
 def ring_tiles(shape: MatmulShape, tokens: int) -> Tactic | None:
@@ -38,7 +38,7 @@ def ring_tiles(shape: MatmulShape, tokens: int) -> Tactic | None:
 
 def ring_tiles_candidates(shape: MatmulShape, tokens: int) -> Iterator[Tactic]:
     """What is worth a timing."""
-    if 1 < tokens <= MOST_TOKENS and _fits(shape):
+    if 1 < tokens <= _MOST_TOKENS_TIMED and _fits(shape):
         for numbers in _NUMBERS:
             tactic = _tactic(shape, tokens, *numbers)
             if _shared_bytes(shape, tactic) <= SHARED_BYTES:

@@ -35,7 +35,7 @@ class Tactic:
     depth_tile: int = 0  # columns of the weight that a program takes at a time
     num_stages: int = 0
     num_warps: int = 0
-    num_splits: int = 0  # programs that share the depth of a tile; their sums are added afterwards
+    num_splits: int = 0  # programs that share the depth of a tile, whose sums are added
     num_tiles: int = 0  # tiles that a program takes one after another
 
     def __str__(self) -> str:

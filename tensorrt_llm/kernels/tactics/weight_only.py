@@ -40,8 +40,6 @@ def block_size(shape: MatmulShape) -> int:
 
 def heuristic(shape: MatmulShape, tokens: int) -> Tactic:
     """By times at the shapes of a 7B model on an H100: tools/kernel_bench.py, and ten layers in a row."""
-    if shape.dtype == torch.float32:
-        return WIDENED
     if 64 < tokens <= _MOST_TOKENS_OF_WARPGROUPS and _fits_warpgroups(shape):
         return _warpgroups(shape, tokens)[0]
     return without_warpgroups(shape, tokens)
@@ -180,7 +178,6 @@ def _tiles(
 
 
 _MOST_PIECES = 32  # of a program that streams
-# Rows, stages, warps, programs for each SM.
 # Rows, stages, warps, programs that are wanted.
 _TILES_OF_FEW = ((32, 5, 2, 528), (32, 5, 2, 1056), (32, 4, 4, 528), (64, 4, 4, 528), (64, 4, 4, 264), (32, 6, 2, 264))
 _TILES_OF_MANY = (
@@ -208,7 +205,9 @@ def candidates(shape: MatmulShape, tokens: int) -> list[Tactic]:
             tactic for tactic in streams if tactic.row_tile * -(-shape.depth // tactic.depth_tile) <= _MOST_PIECES
         ]
     if tokens > 1:
-        found += ring_tiles_candidates(shape, tokens)
+        found += [without_warpgroups(shape, tokens), *ring_tiles_candidates(shape, tokens)]
+        if tokens <= 64:
+            found.append(tiles(shape, tokens))
     if tokens <= 8:
         found += [_tiles(shape, tokens, 8, *numbers) for numbers in _TILES_OF_FEW[: 2 if tokens == 1 else None]]
     elif tokens <= _MOST_TOKENS_TIMED:
