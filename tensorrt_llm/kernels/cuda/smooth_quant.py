@@ -7,7 +7,8 @@
 
 x and weights are [rows, k] with k contiguous; x_scale is [tokens, 1] or [1]; i is the inverse of a smoother, made once.
 Integers are summed without rounding, so a result depends on nothing but its row of x and of the weight, in whichever
-way it is made: streamed, in ring tiles (ring_tiles.py) or in others. Scales, bias and gate are float32, rounded once.
+way it is made: streamed, in ring tiles (ring_tiles.py), on warpgroups (wgmma_plain.py) or in other tiles. Scales, bias
+and gate are float32, rounded once.
 """
 
 # mypy: allow-untyped-defs
