@@ -37,6 +37,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda.gdc import gdc_launch_dependents, gdc_wait
 
 from ..tactics.tactic import SHARED_BYTES
+from .epilogue import gated
 from .resident_stream import PLANE
 
 ROWS = gl.constexpr(64)  # of a consumer
@@ -285,8 +286,7 @@ def _store_outputs(sums, out_ptr, first_token, first_row, tokens, num_rows, IS_G
     width = num_rows
     outputs = sums
     if IS_GATED:
-        fc, gate = gl.split(gl.reshape(sums, [sums.shape[0], sums.shape[1] // 2, 2]))
-        outputs = fc / (1.0 + gl.exp(-fc)) * gate
+        outputs = gated(gl.reshape(sums, [sums.shape[0], sums.shape[1] // 2, 2]))
         first_row = first_row // 2
         width = num_rows // 2
     layout: gl.constexpr = outputs.type.layout
