@@ -195,8 +195,13 @@ def test_inspect_shows_the_winner_its_rate_and_its_best_rival(
     write_timings(engine.path.parent, {H100: section(timing()), H200: section(timing(1))})
     assert main([str(engine.path.parent)]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert f"Tactics {H100}: 1 timed with torch 2.11.0 matmul 192 x 64 8 tokens library (for tiles 16x64x128" in shown
-    assert "2.0 us 12 GB/s before tiles 16x64x128, 5 stages, 4 warps, 3.0 us" in shown and f"{H200}: 1 timed" in shown
+    assert (
+        f"Tactics {H100}: 1 timed with torch 2.11.0 matmul 192 x 64 8 tokens library (for ring_tiles 8x32x128" in shown
+    )
+    assert (
+        "2.0 us 12 GB/s before ring_tiles 8x32x128, 6 stages, 2 warps, 1 splits, 3.0 us" in shown
+        and f"{H200}: 1 timed" in shown
+    )
     assert main([str(engine.path.parent), "--json"]) == 0
     assert list(json.loads(capsys.readouterr().out)["tactics"]) == [H100, H200]
 

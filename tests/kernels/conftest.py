@@ -4,6 +4,8 @@ import importlib.util
 import os
 import random
 import sys
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -53,3 +55,15 @@ def fresh_inputs() -> None:
     print(f"seed {seed}")
     torch.manual_seed(seed)
     random.seed(seed)
+
+
+@pytest.fixture
+def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch.empty and empty_like return is NaN or -128, so an element that a kernel forgets is seen."""
+
+    def poison(make: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+        tensor = make(*args, **kwargs)
+        return tensor.fill_(float("nan") if tensor.is_floating_point() else -128)
+
+    monkeypatch.setattr(torch, "empty", partial(poison, torch.empty))
+    monkeypatch.setattr(torch, "empty_like", partial(poison, torch.empty_like))

@@ -81,6 +81,8 @@ AS_ON_HOPPER = {
 PREFILL = StepShape(4096, 2, 2, 4096, 2048, 2048)
 DECODE = StepShape(32, 32, 0, 0, 1, 2048)
 SHORT_DECODE = StepShape(1, 1, 0, 0, 1, 128)
+LONG_DECODE = StepShape(1, 1, 0, 0, 1, 2048)
+THRONG = StepShape(160, 160, 0, 0, 1, 2048)
 NVDISASM = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "nvdisasm")
 
 
@@ -305,6 +307,8 @@ def compile_all() -> dict[str, Any]:
             ("prefill", PREFILL, 32, 32),
             ("decode", DECODE, 32, 32),
             ("short_decode", SHORT_DECODE, 32, 32),
+            ("long_decode", LONG_DECODE, 32, 32),
+            ("throng", THRONG, 32, 32),
             ("grouped_decode", DECODE, 28, 4),
         ):
             with recording() as cases[f"{case}_{name}"]:
@@ -320,7 +324,14 @@ def compile_all() -> dict[str, Any]:
 
 def compile_quantized(cases: dict[str, Any]) -> None:
     half, brain = torch.float16, torch.bfloat16
-    for case, step, kv_heads in (("prefill", PREFILL, 32), ("decode", DECODE, 32), ("grouped_decode", DECODE, 4)):
+    for case, step, kv_heads in (
+        ("prefill", PREFILL, 32),
+        ("decode", DECODE, 32),
+        ("short_decode", SHORT_DECODE, 32),
+        ("long_decode", LONG_DECODE, 32),
+        ("throng", THRONG, 32),
+        ("grouped_decode", DECODE, 4),
+    ):
         with recording() as cases[f"{case}_float16_int8"]:
             attend(half, torch.int8, step, 32, kv_heads)
     for tokens in (1, 32):

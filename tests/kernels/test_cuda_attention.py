@@ -9,9 +9,8 @@ a key a hair beside a half step may be rounded either way.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import pytest
@@ -27,19 +26,7 @@ ON_GPU = torch.cuda.is_available()
 gpt_attention = GptAttention(is_batch_invariant=False)
 batch_invariant_gpt_attention = GptAttention(is_batch_invariant=True)
 # Triton's interpreter divides with numpy, which warns where a GPU just gives infinity.
-pytestmark = pytest.mark.filterwarnings("ignore:divide by zero")
-
-
-@pytest.fixture(autouse=True)
-def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What torch.empty returns is NaN, so an element that a kernel forgets is seen."""
-
-    def poison(make: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
-        tensor = make(*args, **kwargs)
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
-
-    monkeypatch.setattr(torch, "empty", partial(poison, torch.empty))
-    monkeypatch.setattr(torch, "empty_like", partial(poison, torch.empty_like))
+pytestmark = [pytest.mark.usefixtures("poisoned_outputs"), pytest.mark.filterwarnings("ignore:divide by zero")]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """The norm, MLP, matmul and gather launchers against the reference in float64, on odd sizes and poisoned outputs."""
 
 import inspect
-from typing import Any
 
 import pytest
 import torch
@@ -22,24 +21,13 @@ from tensorrt_llm.kernels.cuda import (
 from tensorrt_llm.kernels.cuda.gated_mlp import prepare_gated_mlp, silu_mul
 
 DTYPES = ("float32", "float16", "bfloat16")
+pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 
 
 def roundoff(dtype: str) -> float:
     """The largest relative error of writing a real number as `dtype`; Triton's interpreter cuts bfloat16 off."""
     is_cut = dtype == "bfloat16" and not torch.cuda.is_available()
     return torch.finfo(torch_dtype(dtype)).eps / (1 if is_cut else 2)
-
-
-@pytest.fixture(autouse=True)
-def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What torch.empty returns is NaN, so an element that a kernel forgets is seen."""
-    empty = torch.empty
-
-    def poisoned_empty(*args: Any, **kwargs: Any) -> torch.Tensor:
-        tensor = empty(*args, **kwargs)
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
-
-    monkeypatch.setattr(torch, "empty", poisoned_empty)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

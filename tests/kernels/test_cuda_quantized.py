@@ -34,25 +34,16 @@ from tensorrt_llm.quantization.quantize import integers_of, pack_int4
 
 DTYPES = ("float32", "float16", "bfloat16")
 # Triton's interpreter computes with numpy, which warns where a GPU just gives infinity or an integer of NaN.
-pytestmark = pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value", "ignore:overflow")
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_outputs"),
+    pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value", "ignore:overflow"),
+]
 
 
 def roundoff(dtype: str) -> float:
     """The largest relative error of writing a real number as `dtype`; Triton's interpreter cuts bfloat16 off."""
     is_cut = dtype == "bfloat16" and not torch.cuda.is_available()
     return torch.finfo(torch_dtype(dtype)).eps / (1 if is_cut else 2)
-
-
-@pytest.fixture(autouse=True)
-def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What torch.empty returns is NaN or -128, so an element that a kernel forgets is seen."""
-    empty = torch.empty
-
-    def poisoned_empty(*args: Any, **kwargs: Any) -> torch.Tensor:
-        tensor = empty(*args, **kwargs)
-        return tensor.fill_(float("nan") if tensor.is_floating_point() else -128)
-
-    monkeypatch.setattr(torch, "empty", poisoned_empty)
 
 
 def integers(*shape: int, device: torch.device, bits: int = 8) -> torch.Tensor:

@@ -29,23 +29,11 @@ from tensorrt_llm.kernels.cuda.weight_only import (
 from tensorrt_llm.kernels.tactics import MatmulShape, Tactic, Tactics, bucket_of, heuristic
 from tensorrt_llm.quantization.quantize import pack_int4
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_outputs")]
 TOKENS = (2, 8, 13, 32, 50)
 # Rows of a tile, stages, warps, programs of a tile; rows and columns of the weight.
 NUMBERS = ((64, 4, 4, 2), (32, 5, 2, 3), (64, 3, 4, 1), (128, 2, 8, 2))
 SHAPES = ((192, 512), (208, 1408), (4096, 11008), (96, 1296))
-
-
-@pytest.fixture(autouse=True)
-def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What torch.empty returns is NaN or -128, so an element that a kernel forgets is seen."""
-    empty = torch.empty
-
-    def poisoned_empty(*args: Any, **kwargs: Any) -> torch.Tensor:
-        tensor = empty(*args, **kwargs)
-        return tensor.fill_(float("nan") if tensor.is_floating_point() else -128)
-
-    monkeypatch.setattr(torch, "empty", poisoned_empty)
 
 
 def ring_tiles(tokens: int, columns: int, numbers: tuple[int, int, int, int]) -> Tactic:

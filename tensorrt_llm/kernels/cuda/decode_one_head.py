@@ -225,19 +225,22 @@ _SOME = _Cut(64, 16, 3, 2)
 # be weighed (H100).
 _FEW_SHORT = _Cut(16, 16, 1, 2, is_early=True)
 _FEW_LONG = _Cut(64, 64, 1, 4, is_early=True)
+_FEW_LONG_INT8 = _Cut(64, 64, 1, 4)  # its scales leave too few registers for what is held until the wait
 _SHORT_TOKENS = 512
 # Pairs of a sequence and a head from which on a cut is best, for 132 SMs.
 THRONG_VECTORS, CROWD_VECTORS, MANY_VECTORS, SOME_VECTORS = 4096, 2048, 512, 192
 
 
-def _cut(num_vectors: int, max_length: int, is_batch_invariant: bool) -> _Cut:
+def _cut(num_vectors: int, max_length: int, is_int8: bool, is_batch_invariant: bool) -> _Cut:
     if num_vectors >= CROWD_VECTORS and not is_batch_invariant:
         return _THRONG if num_vectors >= THRONG_VECTORS else _CROWD
     if is_batch_invariant or num_vectors >= MANY_VECTORS:
         return _MANY
     if num_vectors >= SOME_VECTORS:
         return _SOME
-    return _FEW_SHORT if max_length <= _SHORT_TOKENS else _FEW_LONG
+    if max_length <= _SHORT_TOKENS:
+        return _FEW_SHORT
+    return _FEW_LONG_INT8 if is_int8 else _FEW_LONG
 
 
 def decode_one_head(
@@ -261,7 +264,8 @@ def decode_one_head(
     num_heads, head_size = out.shape[1:]
     assert qkv.is_contiguous() and qkv.shape[1] == 3 * num_heads * head_size
     decodes = step.batch_size - step.num_contexts
-    cut = _cut(decodes * num_heads, step.max_sequence_length, is_batch_invariant)
+    is_int8 = key_value_scales is not None
+    cut = _cut(decodes * num_heads, step.max_sequence_length, is_int8, is_batch_invariant)
     num_splits = triton.cdiv(step.max_sequence_length, cut.split_tokens)
     partial, lse = room_for_splits(out, decodes, num_splits)
     can_overlap = has_dependent_launch(qkv.device)
@@ -274,7 +278,7 @@ def decode_one_head(
         NUM_HEADS=num_heads, HEAD_SIZE=head_size, DIM_TILE=padded_width(head_size),
         TOKENS_PER_BLOCK=past_key_value.shape[3], **rules.constants,
         SPLIT_TOKENS=cut.split_tokens, TILE_TOKENS=cut.tile_tokens, NUM_STAGES=cut.num_stages,
-        IS_INT8=key_value_scales is not None, IS_EARLY=is_early, OVERLAP=can_overlap, launch_pdl=is_early,
+        IS_INT8=is_int8, IS_EARLY=is_early, OVERLAP=can_overlap, launch_pdl=is_early,
         num_warps=cut.num_warps,
         # Of two warps each, eight programs share an SM. Float32 is for exactness, and would spill.
         maxnreg=None if qkv.dtype == torch.float32 else 128,

@@ -14,6 +14,8 @@ on them. Knows neither how the weight is stored nor how the sums were made.
 import torch
 import triton
 import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
 
 from .overlap import overlapping, start_next, wait_for_previous
 
@@ -21,6 +23,13 @@ from .overlap import overlapping, start_next, wait_for_previous
 def interleaved(fc: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
     """Rows of fc and of gate by turns."""
     return torch.stack((fc, gate), dim=1).flatten(0, 1)
+
+
+@gluon.jit
+def gated(pairs):
+    """silu(fc) * gate of sums [..., 2] of fc and gate, for kernels in Gluon, which has its own tensors."""
+    fc, gate = gl.split(pairs)
+    return fc / (1.0 + gl.exp(-fc)) * gate
 
 
 @triton.jit

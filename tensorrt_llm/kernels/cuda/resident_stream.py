@@ -33,6 +33,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.language.extra.cuda.gdc import gdc_launch_dependents, gdc_wait
 
+from .epilogue import gated
+
 PIECES = gl.constexpr(8)  # columns of a tile
 ROW_TILE = gl.constexpr(16)  # its rows, for one warp
 PLANE = gl.constexpr(64)
@@ -153,8 +155,7 @@ def _store(
     if HAS_BIAS:
         sums += gl.load(bias_ptr + rows, mask=rows < num_rows, other=0.0).to(gl.float32)
     if IS_GATED:
-        fc, gate = gl.split(gl.reshape(sums, [ROW_TILE // 2, 2]))
-        outputs = fc / (1.0 + gl.exp(-fc)) * gate
+        outputs = gated(gl.reshape(sums, [ROW_TILE // 2, 2]))
         half: gl.constexpr = outputs.type.layout
         columns = tile * (ROW_TILE // 2) + gl.arange(0, ROW_TILE // 2, half)
         gl.store(out_ptr + columns, outputs, mask=columns < num_rows // 2)

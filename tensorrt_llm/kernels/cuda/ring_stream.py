@@ -26,6 +26,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from triton.language.extra.cuda.gdc import gdc_launch_dependents, gdc_wait
 
+from .epilogue import gated
 from .resident_stream import PIECES, PLANE, subnormals
 
 _UNIT = gl.constexpr(1.0 / 16777216)  # what an integer counts as a subnormal number
@@ -122,7 +123,7 @@ def _copy_stage(
 
 
 @gluon.jit
-def _allocate_rings(dtype: gl.constexpr, count: gl.constexpr, NUM_STAGES: gl.constexpr, ROWS: gl.constexpr):
+def allocate_rings(dtype: gl.constexpr, count: gl.constexpr, NUM_STAGES: gl.constexpr, ROWS: gl.constexpr):
     """Rings for the scales of each part: several, as writes to one and the same would wait for each other."""
     layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     rings = ()
@@ -153,8 +154,8 @@ def _ring_rows(
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
 
     word_ring = gl.allocate_shared_memory(gl.int16, [NUM_STAGES, ROWS, PLANE], halves)
-    scale_rings = _allocate_rings(scale_ptr.dtype.element_ty, PARTS if HAS_GROUPS else 0, NUM_STAGES, ROWS)
-    zero_rings = _allocate_rings(gl.int16, PARTS if HAS_GROUPS and HAS_ZERO else 0, NUM_STAGES, ROWS)
+    scale_rings = allocate_rings(scale_ptr.dtype.element_ty, PARTS if HAS_GROUPS else 0, NUM_STAGES, ROWS)
+    zero_rings = allocate_rings(gl.int16, PARTS if HAS_GROUPS and HAS_ZERO else 0, NUM_STAGES, ROWS)
     x_parts = gl.allocate_shared_memory(gl.float16, [BLOCKS * PARTS, PIECES, PLANES_PER_SCALE * PLANE], halves)
     x_sums = gl.allocate_shared_memory(gl.float32, [BLOCKS * PARTS, PIECES], flat)
     row_sums = gl.allocate_shared_memory(gl.float32, [SUM_TILES, ROWS], flat)
@@ -305,9 +306,7 @@ def _finish(
     if HAS_BIAS:
         sums += gl.load(bias_ptr + rows, mask=mask, other=0.0).to(gl.float32)
     if IS_GATED:
-        pairs = gl.reshape(sums, [SUM_TILES, ROW_TILE // 2, 2])
-        fc, gate = gl.split(pairs)
-        outputs = fc / (1.0 + gl.exp(-fc)) * gate
+        outputs = gated(gl.reshape(sums, [SUM_TILES, ROW_TILE // 2, 2]))
         half: gl.constexpr = outputs.type.layout
         half_tiles = gl.arange(0, SUM_TILES, gl.SliceLayout(1, half))
         columns = (first_tile + half_tiles)[:, None] * (ROW_TILE // 2)

@@ -29,9 +29,11 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from triton.language.extra.cuda.gdc import gdc_launch_dependents, gdc_wait
 
 from ..tactics import Tactic
+from .epilogue import gated
 from .integer_planes import two_words_ptx
 from .overlap import has_dependent_launch
 from .resident_stream import PLANE
+from .ring_stream import allocate_rings
 from .splits import Arrivals
 
 
@@ -149,16 +151,6 @@ def _copy_weight(
         )  # fmt: skip
 
 
-@gluon.jit
-def _allocate_scale_rings(dtype: gl.constexpr, count: gl.constexpr, NUM_STAGES: gl.constexpr, ROWS: gl.constexpr):
-    """One for each part of a stage: writes to one and the same would wait for each other."""
-    layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    rings = ()
-    for _ in gl.static_range(count):
-        rings += (gl.allocate_shared_memory(dtype, [NUM_STAGES, ROWS], layout),)
-    return rings
-
-
 @gluon.jit(do_not_specialize=["tokens"])
 def _ring_tiles(
     x_ptr, x_scale_ptr, weight_ptr, weight_scale_ptr, bias_ptr, out_ptr, partial_ptr, arrivals_ptr,
@@ -189,7 +181,7 @@ def _ring_tiles(
     )
     scale_rings = ()
     if PLANES_PER_GROUP > 0:
-        scale_rings = _allocate_scale_rings(
+        scale_rings = allocate_rings(
             weight_scale_ptr.dtype.element_ty, X_DEPTH_TILE // (PLANES_PER_SCALE * PLANE), NUM_STAGES, ROW_TILE
         )
 
@@ -274,8 +266,7 @@ def _finish(
     if HAS_BIAS:
         y += gl.load(bias_ptr + rows, mask=rows < num_rows, other=0.0).to(gl.float32)[None, :]
     if IS_GATED:
-        fc, gate = gl.split(gl.reshape(y, [TOKEN_TILE, ROW_TILE // 2, 2]))
-        outputs = fc / (1.0 + gl.exp(-fc)) * gate
+        outputs = gated(gl.reshape(y, [TOKEN_TILE, ROW_TILE // 2, 2]))
         half: gl.constexpr = outputs.type.layout
         columns = tile * (ROW_TILE // 2) + gl.arange(0, ROW_TILE // 2, gl.SliceLayout(0, half))
         out_tokens = gl.arange(0, TOKEN_TILE, gl.SliceLayout(1, half))

@@ -14,6 +14,8 @@ import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from .epilogue import gated
+
 ROWS = gl.constexpr(64)  # of a consumer
 PIECE = gl.constexpr(64)  # tokens whose sums pass through shared memory together
 
@@ -60,8 +62,7 @@ def store_outputs(sums, out_ptr, first_token, first_row, tokens, num_rows, IS_GA
     width = num_rows
     outputs = sums
     if IS_GATED:
-        fc, gate = gl.split(gl.reshape(sums, [sums.shape[0], sums.shape[1] // 2, 2]))
-        outputs = fc / (1.0 + gl.exp(-fc)) * gate
+        outputs = gated(gl.reshape(sums, [sums.shape[0], sums.shape[1] // 2, 2]))
         first_row = first_row // 2
         width = num_rows // 2
     layout: gl.constexpr = outputs.type.layout

@@ -41,7 +41,8 @@ from ...dtype import dtype_name, torch_dtype
 from ...quantization.quantize import integers_of
 from ..quantized_reference import split_optional
 from ..tactics import MatmulShape, Tactic, Tactics
-from ..tactics.weight_only import plane_size, stream, tiles, without_warpgroups
+from ..tactics.tactic import plane_size
+from ..tactics.weight_only import stream, tiles, without_warpgroups
 from . import resident_stream, ring_stream, ring_tiles, wgmma_tiles
 from .epilogue import add_splits, interleaved, store_outputs, tile_rows
 from .integer_planes import HAS_PTX, integer_plane

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
-from .tactic import SHARED_BYTES, MatmulShape, Tactic, next_power_of_2
+from .tactic import SHARED_BYTES, MatmulShape, Tactic, next_power_of_2, plane_size
 
 _MOST_SPLITS = 8
 # A kind of weight -> tokens at most -> rows, stages, warps, programs that are wanted. Of ten layers of a 7B model on an
@@ -55,11 +55,10 @@ def _fits(shape: MatmulShape) -> bool:
     """Rows are copied in pieces of 16 bytes, scales of groups 4 bytes at a time, zero points not at all."""
     if _kind(shape) in ("float", "integer"):
         return shape.dtype != torch.float32 and shape.depth * shape.dtype.itemsize % 16 == 0
-    is_in_planes_of_64 = shape.num_groups == 1 or shape.depth // shape.num_groups % 64 == 0
     return (
         shape.dtype == torch.float16
         and not shape.has_zero
-        and is_in_planes_of_64
+        and plane_size(shape.depth, shape.num_groups) == 64
         and (shape.num_groups == 1 or shape.rows % 16 == 0)
         and shape.depth % 8 == 0
     )

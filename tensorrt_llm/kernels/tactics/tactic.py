@@ -3,6 +3,7 @@
 Knows no kernel: the numbers mean something to the launchers of kernels/cuda only.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -60,3 +61,8 @@ SHARED_BYTES = 227 * 1024
 
 def next_power_of_2(number: int) -> int:
     return 1 << max(number - 1, 0).bit_length()
+
+
+def plane_size(depth: int, num_groups: int) -> int:
+    """PLANE of the layout of weight-only words: 64 integers, or the largest of 32 and 16 that divides a group."""
+    return 64 if num_groups == 1 else math.gcd(64, depth // num_groups)

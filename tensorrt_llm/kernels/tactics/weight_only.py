@@ -12,13 +12,12 @@ wgmma    tensor cores on tiles of token_tile x row_tile with warps of their own 
 widened  the weight widened to x's dtype, then cuBLAS; the only way for float32
 """
 
-import math
 from dataclasses import replace
 
 import torch
 
 from .ring_tiles import ring_tiles, ring_tiles_candidates
-from .tactic import SHARED_BYTES, MatmulShape, Tactic, next_power_of_2
+from .tactic import SHARED_BYTES, MatmulShape, Tactic, next_power_of_2, plane_size
 from .warpgroups import TileTimes, split_tiles
 
 WIDENED = Tactic("widened")
@@ -26,11 +25,6 @@ WIDENED = Tactic("widened")
 _MOST_TOKENS_UNPACKED = {8: 512, 4: 448}
 # Beyond this tiles are not worth a timing, below that widening is not.
 _MOST_TOKENS_TIMED, _LEAST_TOKENS_WIDENED = 512, 32
-
-
-def plane_size(depth: int, num_groups: int) -> int:
-    """PLANE of the layout: 64 integers, or the largest of 32 and 16 that divides a group."""
-    return 64 if num_groups == 1 else math.gcd(64, depth // num_groups)
 
 
 def block_size(shape: MatmulShape) -> int:
@@ -205,9 +199,8 @@ def candidates(shape: MatmulShape, tokens: int) -> list[Tactic]:
             tactic for tactic in streams if tactic.row_tile * -(-shape.depth // tactic.depth_tile) <= _MOST_PIECES
         ]
     if tokens > 1:
-        found += [without_warpgroups(shape, tokens), *ring_tiles_candidates(shape, tokens)]
-        if tokens <= 64:
-            found.append(tiles(shape, tokens))
+        found.append(tiles(shape, tokens) if tokens <= 64 else without_warpgroups(shape, tokens))
+        found += ring_tiles_candidates(shape, tokens)
     if tokens <= 8:
         found += [_tiles(shape, tokens, 8, *numbers) for numbers in _TILES_OF_FEW[: 2 if tokens == 1 else None]]
     elif tokens <= _MOST_TOKENS_TIMED:
