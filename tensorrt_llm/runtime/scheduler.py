@@ -1,21 +1,26 @@
 """Which sequences a step computes, and how much of each.
 
 Sequences run in the order of their arrival. A step holds the next token of every running sequence, the longest first,
-and as many prompt tokens as the budget allows; a long prompt is cut into chunks over several steps. A sequence enters
-when there is a place in the batch and there are blocks for all its tokens, and takes further blocks as it grows. When
-none is left, the youngest running sequence gives all of its blocks back and waits in front of the queue; later it is
-computed again from its prompt and its output, so it loses time but no token. Where nothing may be preempted, a sequence
-enters only when there are blocks for all that it may become. A step may be chosen while tokens of the one before it are
-pending; if they could change the choice for good, it has to wait for them. Knows no tensors, no text, and not why a
-sequence ends.
+and as many prompt tokens as the budget allows, or, while others wait for a place, as fill whole tiles of tokens; a long
+prompt is cut into chunks over several steps. A sequence enters when there is a place in the batch and there are blocks
+for all its tokens, and takes further blocks as it grows. When none is left, the youngest running sequence gives all of
+its blocks back and waits in front of the queue; later it is computed again from its prompt and its output, so it loses
+time but no token. Where nothing may be preempted, a sequence enters only when there are blocks for all that it may
+become. A step may be chosen while tokens of the one before it are pending; if they could change the choice for good, it
+has to wait for them. Knows no tensors, no text, and not why a sequence ends.
 """
 
 from collections import deque
+from itertools import islice
 
 from ..limits import Limits
 from .batch import Batch, Row
 from .kv_cache import BlockAllocator
 from .request import FinishReason, Request, State
+from .step_sizes import prompt_tokens_in_whole_tiles
+
+# Prompts wait to fill a tile while no more than one place in this many is theirs, and for no more steps than this.
+_DECODES_FOR_A_PLACE, _MOST_STEPS_HELD = 64, 16
 
 
 class Scheduler:
@@ -25,6 +30,7 @@ class Scheduler:
         self.preempts = preempts
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # by arrival, the youngest last
+        self._steps_held = 0  # in which prompts waited to fill a tile
 
     @property
     def has_work(self) -> bool:
@@ -63,12 +69,14 @@ class Scheduler:
                 rows = contexts if start < request.context_length else decodes
                 rows.append(Row(request, start, 1, 1))
         num_rows = len(contexts) + len(decodes) + len(unfinished)
-        budget = self.limits.max_num_tokens - len(contexts) - len(decodes)
+        newcomers = self._admissible(self.limits.max_batch_size - num_rows)
+        budget = self._prompt_budget(len(contexts), len(decodes), unfinished, newcomers)
         for request in unfinished:
             budget -= _add_chunk(contexts, request, budget)
-        while budget > 0 and num_rows < self.limits.max_batch_size and (admitted := self._admit_next()):
-            budget -= _add_chunk(contexts, admitted, budget)
-            num_rows += 1
+        for request in newcomers:
+            if budget > 0:
+                self._admit(request)
+                budget -= _add_chunk(contexts, request, budget)
         # Attention of the longest begins first, so that the last programs of a GPU to run are short ones.
         decodes.sort(key=lambda row: -row.start)
         return Batch(tuple(contexts + decodes))
@@ -143,27 +151,57 @@ class Scheduler:
         request.state = State.WAITING
         self.waiting.appendleft(request)
 
-    def _admit_next(self) -> Request | None:
-        """Let the first waiting request run, if there are blocks. Nobody overtakes it, or it might wait for ever."""
-        if not self.waiting:
-            return None
-        request = self.waiting[0]
-        needed = self._blocks_for(len(request.token_ids))
-        if needed > self.allocator.num_free:
-            return None
+    def _admissible(self, places: int) -> list[Request]:
+        """Who may run next: the first in the queue, as far as there are places and blocks. Nobody is overtaken."""
         growth = [running.max_blocks - len(running.blocks) for running in self.running]
+        free, found = self.allocator.num_free, list[Request]()
+        for request in islice(self.waiting, max(places, 0)):
+            needed = self._blocks_for(len(request.token_ids))
+            free -= needed
+            growth.append(request.max_blocks - needed)
+            if free < self._reserve(growth):
+                break
+            found.append(request)
+        return found
+
+    def _reserve(self, growth: list[int]) -> int:
+        """Blocks to keep free for running sequences, by how many each will still ask for."""
         if self.preempts:
-            # One block in reserve for every running sequence that will grow, or the newcomer would soon be preempted.
-            reserved = len(growth) - growth.count(0)
-        else:
-            reserved = sum(growth) + request.max_blocks - needed
-        if needed + reserved > self.allocator.num_free:
-            return None
+            # One for every second that will grow, or a newcomer would soon be preempted. Until all of these are taken
+            # half a block's steps go by, in which others end.
+            return (len(growth) - growth.count(0) + 1) // 2
+        return sum(growth)
+
+    def _prompt_budget(
+        self, num_contexts: int, num_decodes: int, unfinished: list[Request], newcomers: list[Request]
+    ) -> int:
+        """Prompt tokens of the next step beside its rows of one token.
+
+        Where more requests wait than may run, prompts come in whole tiles (step_sizes.py), and if they do not fill one,
+        they wait for others: a few steps, and as long as this keeps few places from decoding.
+        """
+        budget = self.limits.max_num_tokens - num_contexts - num_decodes
+        prompts = unfinished + newcomers
+        if not prompts or len(newcomers) == len(self.waiting):
+            return budget
+        num_tokens = sum(request.num_tokens - request.num_cached for request in prompts)
+        in_whole_tiles = prompt_tokens_in_whole_tiles(num_contexts + min(num_tokens, budget), num_decodes)
+        if in_whole_tiles > num_contexts:
+            self._steps_held = 0
+            return in_whole_tiles - num_contexts
+        if len(prompts) * _DECODES_FOR_A_PLACE <= num_decodes and self._steps_held < _MOST_STEPS_HELD:
+            self._steps_held += 1
+            return 0
+        self._steps_held = 0
+        return budget
+
+    def _admit(self, request: Request) -> None:
+        """Let the first waiting request run."""
+        assert request is self.waiting[0]
         self.waiting.popleft()
-        request.blocks = self.allocator.allocate(needed)
+        request.blocks = self.allocator.allocate(self._blocks_for(len(request.token_ids)))
         request.state = State.RUNNING
         self.running.append(request)
-        return request
 
     def _release_blocks(self, request: Request) -> None:
         self.allocator.free(request.blocks)

@@ -3,10 +3,9 @@
 A step launches some hundred kernels. Where they take microseconds each, launching them one by one from Python takes
 longer than they do; a graph launches them as one. A graph computes one shape, so a batch is padded to the next room:
 
-    decodes    batch size from a table, blocks of the longest sequence in powers of _CONTEXT_STEP
-    prompts    tokens and sequences from tables; one sequence more, in the scratch block, holds the padding
-    mixed      tokens of prompts from a table, _MIXED_PROMPTS sequences and one of padding for them, then decodes
-               from a coarser table
+    decodes    batch size by step_sizes.py, blocks of the longest sequence in powers of _CONTEXT_STEP
+    prompts    tokens and sequences by step_sizes.py; one sequence more, in the scratch block, holds the padding
+    mixed      tokens, sequences and decodes by step_sizes.py, and one sequence of padding behind the prompts
 
     mixed:  | prompt | prompt | empty ... | padding || decode | decode ... | padding, one token each |
 
@@ -26,21 +25,13 @@ from ..limits import Limits
 from .batch import Batch
 from .cuda_graph import Captured
 from .step_inputs import Room, StepBuffer, StepInputs, to_arrays
+from .step_sizes import decodes_size, mixed_sizes, prompt_sizes
 
 logger = logging.getLogger(__name__)
 
-# Padding rows cost time, graphs cost memory and capture time: fine steps where a row more is a large share of the work.
-_BATCH_SIZES = (1, 2, 4, *range(8, 65, 8), *range(80, 257, 16), *range(288, 1025, 32))
 # The attention grid holds a program for each split of the longest context that a graph allows, used or not.
 _CONTEXT_STEP = 4
-# Beyond 128 tokens at most a quarter of a step is padding. A longer prompt keeps the GPU busy while it is launched.
-_PROMPT_TOKENS = (16, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
-_PROMPTS = (1, 2, 4)
-# Prompts beside decodes come in any combination: coarser steps. 1000 requests of a chat's lengths, 256 at a time, meet
-# 14 to 40 rooms in 300 to 430 such steps, by the cache they have, with 11 % of padding tokens.
-_MIXED_TOKENS = (32, 64, 96, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
-_MIXED_PROMPTS = 8  # an empty one costs a few programs that end at once
-_MIXED_DECODES = (8, 16, 32, *range(64, 257, 32), *range(320, 1025, 64))
+# 1000 requests of a chat's lengths, 256 at a time, meet some dozens of rooms in 300 to 400 mixed steps.
 _MOST_MIXED_GRAPHS = 64
 
 
@@ -138,15 +129,16 @@ def room_for(batch: Batch, limits: Limits) -> Room | None:
 
 def _decode_room(batch: Batch, limits: Limits) -> Room:
     rows = len(batch.rows)
-    batch_size = min(_next(_BATCH_SIZES, rows), max(limits.max_batch_size, rows))
+    batch_size = min(decodes_size(rows), max(limits.max_batch_size, rows))
     return Room(0, 0, batch_size, batch_size, _table_width(batch, limits))
 
 
 def _prompt_room(batch: Batch, limits: Limits) -> Room | None:
-    if batch.num_tokens > _PROMPT_TOKENS[-1] or len(batch.rows) > _PROMPTS[-1]:
+    sizes = prompt_sizes(batch.num_tokens, len(batch.rows))
+    if sizes is None:
         return None
-    num_tokens = min(_next(_PROMPT_TOKENS, batch.num_tokens), max(limits.max_num_tokens, batch.num_tokens))
-    num_prompts = _next(_PROMPTS, len(batch.rows))
+    num_tokens = min(sizes[0], max(limits.max_num_tokens, batch.num_tokens))
+    num_prompts = sizes[1]
     # Prompts read their blocks one after the other: wide tables cost bytes of a copy, not a program each.
     max_blocks = max(limits.max_blocks_per_seq, _blocks_of_padding(num_tokens, limits))
     return Room(num_tokens, num_prompts + 1, 0, num_prompts, max_blocks)
@@ -154,13 +146,13 @@ def _prompt_room(batch: Batch, limits: Limits) -> Room | None:
 
 def _mixed_room(batch: Batch, limits: Limits) -> Room | None:
     """It may hold more tokens and sequences than a step: padding has neither blocks nor logits."""
-    if batch.num_context_tokens > _MIXED_TOKENS[-1] or batch.num_contexts > _MIXED_PROMPTS:
+    sizes = mixed_sizes(batch.num_context_tokens, batch.num_contexts, len(batch.decodes))
+    if sizes is None:
         return None
-    num_tokens = _next(_MIXED_TOKENS, batch.num_context_tokens)
-    num_decodes = _next(_MIXED_DECODES, len(batch.decodes))
-    num_logits = min(_MIXED_PROMPTS + num_decodes, max(limits.max_batch_size, batch.num_logits))
+    num_tokens, num_prompts, num_decodes = sizes
+    num_logits = min(num_prompts + num_decodes, max(limits.max_batch_size, batch.num_logits))
     max_blocks = max(_table_width(batch, limits), _blocks_of_padding(num_tokens, limits))
-    return Room(num_tokens, _MIXED_PROMPTS + 1, num_decodes, num_logits, max_blocks)
+    return Room(num_tokens, num_prompts + 1, num_decodes, num_logits, max_blocks)
 
 
 def _is_mixed(room: Room) -> bool:
@@ -179,7 +171,3 @@ def _table_width(batch: Batch, limits: Limits) -> int:
 def _blocks_of_padding(num_tokens: int, limits: Limits) -> int:
     """Padding is one sequence, which may be longer than any that is served."""
     return -(-num_tokens // limits.tokens_per_block)
-
-
-def _next(sizes: tuple[int, ...], count: int) -> int:
-    return next((size for size in sizes if size >= count), count)

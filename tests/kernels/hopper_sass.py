@@ -82,6 +82,8 @@ PREFILL = StepShape(4096, 2, 2, 4096, 2048, 2048)
 DECODE = StepShape(32, 32, 0, 0, 1, 2048)
 SHORT_DECODE = StepShape(1, 1, 0, 0, 1, 128)
 LONG_DECODE = StepShape(1, 1, 0, 0, 1, 2048)
+SOME_DECODES = StepShape(8, 8, 0, 0, 1, 2048)
+SHORT_DECODES = StepShape(32, 32, 0, 0, 1, 512)
 THRONG = StepShape(160, 160, 0, 0, 1, 2048)
 NVDISASM = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "nvdisasm")
 
@@ -308,7 +310,8 @@ def compile_all() -> dict[str, Any]:
             ("decode", DECODE, 32, 32),
             ("short_decode", SHORT_DECODE, 32, 32),
             ("long_decode", LONG_DECODE, 32, 32),
-            ("throng", THRONG, 32, 32),
+            ("some_decodes", SOME_DECODES, 32, 32),
+            ("short_decodes", SHORT_DECODES, 32, 32),
             ("grouped_decode", DECODE, 28, 4),
         ):
             with recording() as cases[f"{case}_{name}"]:
@@ -329,6 +332,8 @@ def compile_quantized(cases: dict[str, Any]) -> None:
         ("decode", DECODE, 32),
         ("short_decode", SHORT_DECODE, 32),
         ("long_decode", LONG_DECODE, 32),
+        ("some_decodes", SOME_DECODES, 32),
+        ("short_decodes", SHORT_DECODES, 32),
         ("throng", THRONG, 32),
         ("grouped_decode", DECODE, 4),
     ):

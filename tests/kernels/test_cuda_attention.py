@@ -254,20 +254,30 @@ def test_a_prompt_has_the_same_bits_in_any_pieces(device: torch.device, dtype: t
         assert torch.equal(rest.step(gpt_attention)[0], output[start:])
 
 
-# One query head per KV head has splits for few sequences, many, a crowd and more; batch invariance those of many.
-@pytest.mark.parametrize("number", ["few", "many", "crowd", "throng"])
+# With one query head per KV head, splits and tiles are those of few sequences, some, many, or a throng over int8, and
+# for few and many there are others for short ones.
+@pytest.mark.parametrize(
+    "lengths",
+    [[7, 8, 9, 31, 32, 33, 63, 64, 65, 128, 129, 256, 257, 512], [33, 257, 513, 2048, 2049]],
+    ids=["", "long"],
+)
 @pytest.mark.parametrize("is_int8", [False, True])
-@pytest.mark.parametrize("heads", [(1, 1), (2, 1)])
+@pytest.mark.parametrize(
+    ("heads", "number"),
+    [((2, 1), "few"), *(((1, 1), number) for number in ("few", "invariant", "some", "many", "throng"))],
+)
 def test_decodes_around_block_and_split_borders(
-    device: torch.device, heads: tuple[int, int], is_int8: bool, number: str, monkeypatch: pytest.MonkeyPatch
+    device: torch.device,
+    heads: tuple[int, int],
+    is_int8: bool,
+    number: str,
+    lengths: list[int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    lengths = [7, 8, 9, 63, 64, 65, 128, 129, 255, 256, 257, 513]
-    if number in ("crowd", "throng"):
-        lengths += [512, 1025]
-        monkeypatch.setattr(decode_one_head, "CROWD_VECTORS", 1)
-    if number == "throng":
-        monkeypatch.setattr(decode_one_head, "THRONG_VECTORS", 1)
-    attention = batch_invariant_gpt_attention if number == "many" else gpt_attention
+    bounds = {"some": ("SOME_VECTORS",), "many": ("MANY_VECTORS",), "throng": ("MANY_VECTORS", "THRONG_VECTORS")}
+    for bound in bounds.get(number, ()):
+        monkeypatch.setattr(decode_one_head, bound, 1)
+    attention = batch_invariant_gpt_attention if number == "invariant" else gpt_attention
     borders = [(length - 1, 1, 1) for length in lengths]
     case = make_case([], borders, device=device, heads=heads, tokens_per_block=8, is_int8=is_int8)
     assert_matches_reference(case, attention)
@@ -328,7 +338,7 @@ def test_a_decode_does_not_depend_on_its_batch(
     device: torch.device, heads: tuple[int, int], is_int8: bool, attention: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if attention is batch_invariant_gpt_attention:
-        for bound in ("MANY_VECTORS", "CROWD_VECTORS", "THRONG_VECTORS"):
+        for bound in ("SOME_VECTORS", "MANY_VECTORS", "THRONG_VECTORS"):
             monkeypatch.setattr(decode_one_head, bound, 4)  # the batch is over the bound, one sequence is not
     case = make_case([(0, 9, 9)], [(99, 1, 5), (300, 1, 5), (150, 1, 5)], device=device, heads=heads, is_int8=is_int8)
     together = case.run(attention)[0]

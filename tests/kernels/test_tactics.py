@@ -109,20 +109,34 @@ def test_warpgroups_are_candidates_for_many_tokens_in_16_bits_and_whole_planes()
     assert not warpgroups(down._replace(depth=11004, num_groups=1), 256), "rows of x do not begin at 16 bytes"
 
 
-def test_plain_operands_on_warpgroups_are_candidates_only_where_they_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warpgroups_take_plain_operands_of_many_tokens() -> None:
     def warpgroups(shape: MatmulShape, tokens: int) -> int:
         return sum(tactic.way == "wgmma" for tactic in candidates(shape, tokens))
 
     floats, integers = MatmulShape("matmul", 4096, 11008, HALF), MatmulShape("smooth_quant_gemm", 96, 64, torch.int8, 8)
-    assert not warpgroups(floats, 256) and not warpgroups(integers, 256)
-    monkeypatch.setattr("tensorrt_llm.kernels.tactics.warpgroups.TRIES_PLAIN_OPERANDS", True)
     for shape in (floats, floats._replace(dtype=torch.bfloat16, op="gated_mlp"), integers):
         assert all(warpgroups(shape, tokens) >= 3 for tokens in (128, 256, 512, 1024)) and not warpgroups(shape, 64)
-        assert heuristic(shape, 256) == candidates(shape, 256)[0] and heuristic(shape, 256).way != "wgmma"
+        assert heuristic(shape, 256) == candidates(shape, 256)[0]
         assert len(candidates(shape, 128)) <= 16
     assert not warpgroups(floats._replace(dtype=torch.float32), 256)
     assert not warpgroups(floats._replace(depth=11004), 256), "rows do not begin at 16 bytes"
     assert not warpgroups(integers._replace(depth=72), 256), "rows do not begin at 16 bytes"
+
+
+def test_warpgroups_are_chosen_for_integers_and_for_the_gated_mlp_of_floats() -> None:
+    integers = MatmulShape("smooth_quant_gemm", 12288, 4096, torch.int8, 8)
+    assert [heuristic(integers, tokens).way == "wgmma" for tokens in (64, 65, 256, 4096)] == [False, True, True, True]
+    assert heuristic(integers._replace(depth=4104), 256).way == "tiles"
+    gated = MatmulShape("gated_mlp", 22016, 4096, HALF)
+    assert [heuristic(gated, tokens).way for tokens in (65, 256, 257)] == ["wgmma", "wgmma", "library"]
+    assert heuristic(gated._replace(op="matmul"), 256).way == "library"
+
+
+def test_memory_bounds_a_product_before_its_tiles_do() -> None:
+    """At 128 tokens both take what the weight takes to be read; the one whose programs are done earlier comes first."""
+    gated = MatmulShape("gated_mlp", 22016, 4096, HALF)
+    tactic = heuristic(gated, 128)
+    assert (tactic.token_tile, tactic.row_tile) == (128, 192)
 
 
 @pytest.mark.parametrize(("tokens", "rows", "depth"), [(256, 4096, 4096), (128, 4096, 11008), (217, 12288, 4096)])

@@ -173,16 +173,58 @@ def test_the_youngest_gives_way_when_blocks_run_out_and_comes_back() -> None:
     assert young.context_length == 4
 
 
-def test_a_newcomer_leaves_a_block_for_every_sequence_that_will_grow() -> None:
-    scheduler = Scheduler(make_limits(block=4), BlockAllocator(1 + 4))
-    old = make_request(0, 4, 9)  # three blocks in the end
-    scheduler.submit(old)
+@pytest.mark.parametrize(("olds", "is_admitted"), [(1, True), (2, True), (3, False)])
+def test_a_newcomer_leaves_a_block_for_every_second_sequence_that_will_grow(olds: int, is_admitted: bool) -> None:
+    scheduler = Scheduler(make_limits(block=4), BlockAllocator(1 + olds + 2))
+    for index in range(olds):
+        scheduler.submit(make_request(index, 3, 9))  # one block now, three in the end
     run_step(scheduler)
+    scheduler.submit(make_request(olds, 2, 2))  # one block and no other
+    assert scheduler.allocator.num_free == 2
+    assert (next_batch(scheduler).num_contexts == 1) is is_admitted
+
+
+def full_house(waiting: int, batch: int = 256) -> Scheduler:
+    """A full batch of decodes, of which one in each step ends, and `waiting` requests of 100 tokens."""
+    limits = Limits(
+        max_batch_size=batch, max_input_len=1024, max_output_len=1024, max_num_tokens=4096, tokens_per_block=64
+    )
+    scheduler = Scheduler(limits, BlockAllocator(2000))
+    for index in range(batch):
+        scheduler.submit(make_request(index, 16, 2 + index if index < 40 else 200))
+    assert run_step(scheduler).num_context_tokens == 16 * batch
+    for index in range(waiting):
+        scheduler.submit(make_request(batch + index, 100, 200))
+    return scheduler
+
+
+def test_prompts_come_in_whole_tiles_while_others_wait() -> None:
+    scheduler = full_house(waiting=100)
+    found = [run_step(scheduler) for _ in range(40)]
+    prompts = [batch.num_context_tokens for batch in found]
+    assert len([tokens for tokens in prompts if tokens]) >= 12 and set(prompts) == {0, 256}
+    # Three prompts fill a tile: of 256 places a few are free at most.
+    assert all(len(batch.rows) >= 256 - 4 for batch in found[1:])
+
+
+def test_nobody_waits_for_a_tile_if_there_is_room_for_all() -> None:
+    scheduler = full_house(waiting=1)
     run_step(scheduler)
-    scheduler.submit(make_request(1, 8, 1))  # two blocks
+    assert [run_step(scheduler).num_context_tokens for _ in range(2)] == [100, 0]
+
+
+def test_few_decodes_keep_no_place_for_a_tile() -> None:
+    scheduler = full_house(waiting=40, batch=32)
     run_step(scheduler)
-    assert (len(old.blocks), scheduler.allocator.num_free) == (2, 2)
-    assert [request.id for request in scheduler.waiting] == [1]
+    assert [run_step(scheduler).num_context_tokens for _ in range(3)] == [100, 100, 100]
+
+
+def test_prompts_wait_a_few_steps_at_most() -> None:
+    scheduler = full_house(waiting=100)
+    for request in scheduler.running[1:]:  # only the first one ends
+        request.sampling = make_request(0, 16, 200).sampling
+    prompts = [run_step(scheduler).num_context_tokens for _ in range(40)]
+    assert prompts[:18].count(0) >= 16 and sum(prompts) == 100
 
 
 def test_a_full_pool_admits_a_full_batch_of_the_longest_sequences() -> None:

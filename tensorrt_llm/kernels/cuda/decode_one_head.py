@@ -8,10 +8,10 @@ table (kv_pool.py has the layout). The new token's are turned (rope_kv.py has th
 program that has the last split, which takes them from its registers: no program reads what another writes.
 
 A program takes one sequence, one head and one split of SPLIT_TOKENS tokens. Splits have one size in a step, which
-depends on the number of sequences and, if they are few, on the longest one, unless is_batch_invariant. With one split
-the result is final; otherwise each split leaves its normalised result and its log-sum-exp, and whichever program of a
-head is the last to arrive weighs them in order (splits.py). Only the counting of arrivals is atomic: who comes last
-changes no bit. Softmax is in float32 and in powers of two: log2(e) is folded into the scale.
+depends on the number of sequences and on the longest one, unless is_batch_invariant. With one split the result is
+final; otherwise each split leaves its normalised result and its log-sum-exp, and whichever program of a head is the
+last to arrive weighs them in order (splits.py). Only the counting of arrivals is atomic: who comes last changes no bit.
+Softmax is in float32 and in powers of two: log2(e) is folded into the scale.
 """
 
 # mypy: allow-untyped-defs
@@ -103,7 +103,7 @@ def _decode_one_head(
     """
     start_next(OVERLAP)
     IS_ONE_TILE: tl.constexpr = SPLIT_TOKENS == TILE_TOKENS
-    index, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    head, index, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     sequence, token = first_sequence + index, (first_token + index).to(tl.int64)
     start = split * SPLIT_TOKENS
     dims = tl.arange(0, DIM_TILE)
@@ -207,38 +207,41 @@ class _Cut(NamedTuple):
     is_early: bool = False  # overlap.py has what that means
 
 
-# 256 tokens of a 128-wide float16 head are 128 KB, about 5 us of one SM's share of an H100's memory. Tiles of K and V
-# are of 4 KB each in float16, two of them in flight, eight programs on an SM: 64 sequences of 288 tokens take 84 us, in
-# tiles of 32 on 4 warps 98; over int8 68 and 79 (H200).
-_MANY = _Cut(256, 16, 3, 2)
-# There is a program for each split of the longest sequence that may come, and of many sequences most have nothing for
-# it. Ten layers take 2 % less time than with splits of 256, for 217 sequences of 400 tokens where 2048 may come, and
-# 1 % for 64 of 280 where 1024 may; splits of 1024 are worse again (H100).
-_CROWD = _Cut(512, 16, 3, 2)
-# Two hundred sequences of 350 tokens, the longest first: 2 to 3 % less time for attention than with the tiles above, at
-# 97 % of the rate that memory is read at (H100).
-_THRONG = _Cut(512, 32, 3, 4)
-# Fewer programs than keep an SM busy: a sequence of 192 tokens in splits of 256 takes 8.3 us, in these 7.5 (H200).
-_SOME = _Cut(64, 16, 3, 2)
-# One sequence or a few: what counts is the time of one program, so a split is one tile. Of a 7B model's layer the first
-# saves 1.3 us for a sequence of 170 tokens, beside the second, and costs 3.5 for one of 1070: many splits take long to
-# be weighed (H100).
-_FEW_SHORT = _Cut(16, 16, 1, 2, is_early=True)
+# Programs of one sequence's heads run together, the longest sequence first. Where that fills all SMs, a sequence needs
+# no splits: what is shared out evenly at the end are short ones, no program starts for nothing, and 16 KB of a block
+# are read beside those of the next head. 243 sequences of 447 tokens on average take 584 us (3.05 TB/s), in splits of
+# 512 612; 64 of 425 153 us instead of 167 (H100, lengths as they come in serving). 32 KB of K and V in flight are four
+# programs' on an SM.
+_MANY = _Cut(2048, 32, 3, 4)
+# Small tiles of an int8 cache keep more programs on an SM, if there are that many: 327 us instead of 355 for the 243
+# sequences; 64 take 99 in the larger ones, 114 in these.
+_THRONG_INT8 = _Cut(2048, 16, 3, 2)
+# Of less than 512 tokens a sequence is over soon in any tiles: 32 of 192 tokens take 40 us, in the larger ones 43.
+_MANY_SHORT = _Cut(512, 16, 3, 2)
+# Fewer programs than keep an SM busy: eight sequences of 192 tokens take 13.8 us, in splits of 64 16.0; of 620 36.7 and
+# 38.9.
+_SOME = _Cut(256, 16, 3, 2)
+# One sequence or a few: what counts is the time of one program, so a split is one tile. One of 192 tokens takes 4.4 us
+# in the first, 5.0 in the second; one of 1090 12.9 and 12.3, as many splits take long to be weighed.
+_FEW_SHORT = _Cut(32, 32, 1, 2, is_early=True)
 _FEW_LONG = _Cut(64, 64, 1, 4, is_early=True)
 _FEW_LONG_INT8 = _Cut(64, 64, 1, 4)  # its scales leave too few registers for what is held until the wait
 _SHORT_TOKENS = 512
 # Pairs of a sequence and a head from which on a cut is best, for 132 SMs.
-THRONG_VECTORS, CROWD_VECTORS, MANY_VECTORS, SOME_VECTORS = 4096, 2048, 512, 192
+THRONG_VECTORS, MANY_VECTORS, SOME_VECTORS = 4096, 512, 192
 
 
 def _cut(num_vectors: int, max_length: int, is_int8: bool, is_batch_invariant: bool) -> _Cut:
-    if num_vectors >= CROWD_VECTORS and not is_batch_invariant:
-        return _THRONG if num_vectors >= THRONG_VECTORS else _CROWD
-    if is_batch_invariant or num_vectors >= MANY_VECTORS:
-        return _MANY
+    if is_batch_invariant:
+        return _SOME
+    is_short = max_length <= _SHORT_TOKENS
+    if num_vectors >= MANY_VECTORS:
+        if is_short:
+            return _MANY_SHORT
+        return _THRONG_INT8 if is_int8 and num_vectors >= THRONG_VECTORS else _MANY
     if num_vectors >= SOME_VECTORS:
         return _SOME
-    if max_length <= _SHORT_TOKENS:
+    if is_short:
         return _FEW_SHORT
     return _FEW_LONG_INT8 if is_int8 else _FEW_LONG
 
@@ -270,7 +273,7 @@ def decode_one_head(
     partial, lse = room_for_splits(out, decodes, num_splits)
     can_overlap = has_dependent_launch(qkv.device)
     is_early = can_overlap and cut.is_early
-    _decode_one_head[(decodes, num_heads, num_splits)](
+    _decode_one_head[(num_heads, decodes, num_splits)](
         qkv, past_key_value, key_value_scales, turns, position_ids, context_lengths, sequence_length, block_tables,
         out, partial, lse, arrivals.of(decodes * num_heads, qkv.device),
         step.num_contexts, step.num_context_tokens, num_splits, block_tables.stride(0), *pool_strides(past_key_value),

@@ -1,6 +1,6 @@
 """Tiles of products on warpgroups (kernels/cuda/warpgroups.py), in splits that run all at once, by what they may take.
 
-A Hopper GPU has 132 SMs, and an SM one program after another.
+A Hopper GPU has 132 SMs, and an SM one program after another. No product takes less than its weight does from memory.
 """
 
 from collections.abc import Mapping
@@ -8,12 +8,10 @@ from typing import NamedTuple
 
 from .tactic import MatmulShape, Tactic
 
-# Whether products of floats and of int8 by int8 on warpgroups are worth a timing: not yet, as none has run on a GPU.
-TRIES_PLAIN_OPERANDS = False
 # Products of fewer tokens have other ways.
 MOST_TOKENS_OF_OTHERS = 64
-# For splits, and for each megabyte of sums that they write and read.
-_SPLITS_US, _MEGABYTE_US = 1.5, 0.3
+# What a kernel takes beside its reading, and for each megabyte of a cold weight; for adding the sums of splits.
+_KERNEL_US, _WEIGHT_MEGABYTE_US, _SPLITS_US = 3.0, 1 / 2.62, 1.5
 _SMS = 132
 
 
@@ -24,6 +22,7 @@ class TileTimes(NamedTuple):
     microseconds: Mapping[tuple[int, int], tuple[float, float]]
     most_splits: int
     least_blocks: int  # of a split
+    megabyte_us: float  # of sums that splits write, and others read
 
 
 def split_tiles(shape: MatmulShape, tokens: int, block_columns: int, times: TileTimes) -> list[Tactic]:
@@ -37,20 +36,25 @@ def split_tiles(shape: MatmulShape, tokens: int, block_columns: int, times: Tile
     return sorted(found, key=lambda tactic: _microseconds(shape, tokens, block_columns, times, tactic))
 
 
-def _microseconds(shape: MatmulShape, tokens: int, block_columns: int, times: TileTimes, tactic: Tactic) -> float:
+def _microseconds(
+    shape: MatmulShape, tokens: int, block_columns: int, times: TileTimes, tactic: Tactic
+) -> tuple[float, float]:
+    """Of the product, and, where memory bounds it, of its programs alone."""
     programs = -(-tokens // tactic.token_tile) * -(-shape.rows // tactic.row_tile) * tactic.num_splits
     blocks = -(-shape.depth // block_columns)
     columns = -(-blocks // tactic.num_splits) * block_columns
     first, for_a_thousand = times.microseconds[tactic.token_tile, tactic.row_tile]
-    microseconds = -(-programs // _SMS) * (first + for_a_thousand * columns / 1000)
+    of_programs = -(-programs // _SMS) * (first + for_a_thousand * columns / 1000)
+    weight_megabytes = shape.rows * shape.depth * (shape.bits or 8 * shape.dtype.itemsize) / 8e6
+    microseconds = max(of_programs, _KERNEL_US + _WEIGHT_MEGABYTE_US * weight_megabytes)
     if tactic.num_splits > 1:
-        microseconds += _SPLITS_US + _MEGABYTE_US * tactic.num_splits * tokens * shape.rows * 8e-6
-    return microseconds
+        microseconds += _SPLITS_US + times.megabyte_us * tactic.num_splits * tokens * shape.rows * 8e-6
+    return microseconds, of_programs
 
 
 def plain_tiles(shape: MatmulShape, tokens: int, times: TileTimes) -> list[Tactic]:
-    """Tiles of a weight that tensor cores take as it is (kernels/cuda/wgmma_plain.py), if they are worth a timing."""
+    """Tiles of a weight that tensor cores take as it is (kernels/cuda/wgmma_plain.py), the fastest first."""
     itemsize = shape.dtype.itemsize
-    if not TRIES_PLAIN_OPERANDS or tokens <= MOST_TOKENS_OF_OTHERS or shape.depth * itemsize % 16 != 0:
+    if tokens <= MOST_TOKENS_OF_OTHERS or shape.depth * itemsize % 16 != 0:
         return []
-    return split_tiles(shape, tokens, 128 // itemsize, times)[:5]
+    return split_tiles(shape, tokens, 128 // itemsize, times)

@@ -102,7 +102,7 @@ def _fits_ring(shape: MatmulShape, ring: Tactic) -> bool:
 
 # With what splits take (warpgroups.py), this says within 10 % what the products of a 7B model take for 128 to 1024
 # tokens, in int8 and int4 (H100, with programs on most of its 132 SMs).
-_WARPGROUP_TIMES = TileTimes({(128, 128): (2.2, 5.9), (128, 192): (5.0, 7.8), (256, 128): (3.4, 10.6)}, 3, 4)
+_WARPGROUP_TIMES = TileTimes({(128, 128): (2.2, 5.9), (128, 192): (5.0, 7.8), (256, 128): (3.4, 10.6)}, 3, 4, 0.3)
 # The products of a layer in int8 take 577 us for 1024 tokens and 2577 for 4096; 787 and 2764 with widened weights. From
 # somewhere beyond that on, cuBLAS makes up for the widening.
 _MOST_TOKENS_OF_WARPGROUPS = 4096
