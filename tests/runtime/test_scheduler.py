@@ -192,7 +192,7 @@ def full_house(waiting: int, batch: int = 256) -> Scheduler:
     scheduler = Scheduler(limits, BlockAllocator(2000))
     for index in range(batch):
         scheduler.submit(make_request(index, 16, 2 + index if index < 40 else 200))
-    assert run_step(scheduler).num_context_tokens == 16 * batch
+    assert run_step(scheduler).num_context_tokens == 16 * batch, "nobody waits for a place"
     for index in range(waiting):
         scheduler.submit(make_request(batch + index, 100, 200))
     return scheduler
@@ -205,6 +205,19 @@ def test_prompts_come_in_whole_tiles_while_others_wait() -> None:
     assert len([tokens for tokens in prompts if tokens]) >= 12 and set(prompts) == {0, 256}
     # Three prompts fill a tile: of 256 places a few are free at most.
     assert all(len(batch.rows) >= 256 - 4 for batch in found[1:])
+
+
+def test_a_long_queue_fills_the_batch_in_steps_of_1024_tokens() -> None:
+    limits = Limits(
+        max_batch_size=64, max_input_len=1024, max_output_len=1024, max_num_tokens=4096, tokens_per_block=64
+    )
+    scheduler = Scheduler(limits, BlockAllocator(2000))
+    for index in range(100):
+        scheduler.submit(make_request(index, 100, 200))
+    found = [run_step(scheduler) for _ in range(8)]
+    # Ten decodes beside the second step's prompts are padded to 16, and so on; the last prompt of the batch is whole.
+    assert [batch.num_context_tokens for batch in found[:3]] == [1024, 1008, 992]
+    assert sum(batch.num_context_tokens for batch in found) == 6400 and len(scheduler.running) == 64
 
 
 def test_nobody_waits_for_a_tile_if_there_is_room_for_all() -> None:

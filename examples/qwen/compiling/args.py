@@ -34,7 +34,7 @@ class BuildArgs:
     max_input_len: int = flag(2048, help="tokens of one prompt")
     max_output_len: int = flag(2048, help="new tokens of one sequence", aliases=("--max_new_tokens",))
     max_num_tokens: int | None = flag(
-        None, help="tokens of all sequences in one step (default: the larger of 1024 and max_batch_size)"
+        None, help="tokens of all sequences in one step (default: the larger of 4096 and max_batch_size)"
     )
     tokens_per_block: int = flag(64, help="tokens per block of the paged KV cache, a power of two")
     world_size: int = flag(1, help="ranks that share the model, one engine file each")
@@ -101,7 +101,7 @@ class BuildArgs:
             max_batch_size=self.max_batch_size,
             max_input_len=self.max_input_len,
             max_output_len=self.max_output_len,
-            max_num_tokens=max(1024, self.max_batch_size) if self.max_num_tokens is None else self.max_num_tokens,
+            max_num_tokens=max(4096, self.max_batch_size) if self.max_num_tokens is None else self.max_num_tokens,
             tokens_per_block=self.tokens_per_block,
         )
 
