@@ -39,11 +39,16 @@ class Kernel:
 
     `prepare(*weights, **attributes)` is given the op's weight operands, which are the last ones; what it returns takes
     their place, and is the kernel's own affair.
+
+    `run_in_splits` is `run` for a reader that `adds_splits` in its second operand: it may give float32 sums of parts of
+    the depth, [splits, tokens, rows], which that one adds in order.
     """
 
     run: Callable[..., Any]
     prepare: Callable[..., tuple[Any, ...]] | None = None
     needs_step: bool = False
+    run_in_splits: Callable[..., Any] | None = None
+    adds_splits: bool = False
 
 
 def reference_kernels() -> dict[str, Kernel]:

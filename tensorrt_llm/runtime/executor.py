@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..dtype import is_floating
+from ..dtype import is_floating, torch_dtype
 from ..kernels import Kernel, StepShape, reference_kernels
 from ..plan import Plan, PlanNode
 from .weight_stream import read_ahead
@@ -41,8 +41,9 @@ class Executor:
     ) -> None:
         self.plan = plan
         with read_ahead(weights, _order_of_use(plan), device) as read:
-            bound = bind_one_by_one(plan, read, kernels, device, float32=float32)
+            bound = bind_one_by_one(plan, read, kernels, device, float32=float32, may_split=True)
             self._calls = [call for _, call in bound]
+        self._in_splits = _made_in_splits(plan, kernels)
 
     def run(
         self, inputs: Mapping[str, torch.Tensor], step: StepShape, keep: Collection[str] = ()
@@ -59,10 +60,14 @@ class Executor:
             else:
                 values.update(zip(makes, made, strict=True))
             if keep:
-                kept |= {name: values[name] for name in makes if name in keep}
+                kept |= {name: self._whole(name, values[name]) for name in makes if name in keep}
             for name in releases:
                 del values[name]
         return kept | {outside: values[name] for outside, name in self.plan.outputs.items()}
+
+    def _whole(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        """A value as its node's `run` would have made it."""
+        return value.sum(0).to(self._in_splits[name]) if name in self._in_splits and value.ndim == 3 else value
 
 
 def bind_one_by_one(
@@ -72,10 +77,12 @@ def bind_one_by_one(
     device: torch.device,
     *,
     float32: bool = False,
+    may_split: bool = False,
 ) -> Iterator[tuple[PlanNode, Call]]:
     """Every node with its call, its weights loaded when it is reached and not held here afterwards.
 
-    `read` gives a weight, on any device; it is asked for each once, in the order of their first use.
+    `read` gives a weight, on any device; it is asked for each once, in the order of their first use. With `may_split` a
+    product is bound to its kernel's `run_in_splits` where its reader can add splits.
     """
     missing = sorted({node.op for node in plan.nodes} - set(kernels))
     if missing:
@@ -83,12 +90,36 @@ def bind_one_by_one(
     weight_names = {spec.name for spec in plan.weights}
     loaded = _LoadedWeights(plan, read, weight_names, device, float32)
     releases = _releases(plan, weight_names)
+    in_splits = _made_in_splits(plan, kernels) if may_split else {}
     for node, released in zip(plan.nodes, releases, strict=True):
-        yield node, _bind_node(node, kernels[node.op], loaded, released, float32)
+        kernel = kernels[node.op]
+        run = kernel.run_in_splits if node.outputs[0].name in in_splits else kernel.run
+        assert run is not None
+        yield node, _bind_node(node, kernel, run, loaded, released, float32)
+
+
+def _made_in_splits(plan: Plan, kernels: Mapping[str, Kernel]) -> dict[str, torch.dtype]:
+    """Values that no node reads but one that can add their splits, with the dtypes that they have otherwise."""
+    readers: dict[str, list[bool]] = {}  # of each value, whether they add splits where they read it
+    for node in plan.nodes:
+        for position, name in enumerate(node.inputs):
+            readers.setdefault(name, []).append(kernels[node.op].adds_splits and position == 1)
+    made = [node.outputs[0] for node in plan.nodes if kernels[node.op].run_in_splits]
+    outputs = set(plan.outputs.values())
+    return {
+        spec.name: torch_dtype(spec.dtype)
+        for spec in made
+        if readers.get(spec.name) == [True] and spec.name not in outputs
+    }
 
 
 def _bind_node(
-    node: PlanNode, kernel: Kernel, loaded: "_LoadedWeights", releases: tuple[str, ...], float32: bool
+    node: PlanNode,
+    kernel: Kernel,
+    run: Callable[..., Any],
+    loaded: "_LoadedWeights",
+    releases: tuple[str, ...],
+    float32: bool,
 ) -> Call:
     reads = tuple(name for name in node.inputs if name not in loaded.names)
     _check_call(node, reads)
@@ -105,7 +136,7 @@ def _bind_node(
         except (RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"plan: weights do not fit in {node}: {error}") from error
     makes = tuple(spec.name for spec in node.outputs)
-    return Call(kernel.run, reads, operands, makes, attrs, kernel.needs_step, releases)
+    return Call(run, reads, operands, makes, attrs, kernel.needs_step, releases)
 
 
 def _check_call(node: PlanNode, reads: tuple[str, ...]) -> None:

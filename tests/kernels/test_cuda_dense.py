@@ -56,6 +56,22 @@ def test_add_rms_norm_keeps_the_sum_in_float32(device: torch.device, dtype: str,
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("splits", "tokens", "hidden"), [(1, 3, 100), (2, 5, 100), (3, 2, 2048), (6, 1, 516)])
+def test_add_rms_norm_adds_the_splits_of_a_product_in_order(
+    device: torch.device, dtype: str, splits: int, tokens: int, hidden: int
+) -> None:
+    x = torch.randn(tokens, hidden, device=device)
+    y = torch.randn(splits, tokens, hidden, device=device)
+    weight = torch.randn(hidden, device=device).to(torch_dtype(dtype))
+    total, normed = add_rms_norm(x, y, weight, eps=1e-6, dtype=dtype)
+    addend = y[0].clone()
+    for split in y[1:]:
+        addend += split
+    assert torch.equal(total, x + addend), "to the bit"
+    assert torch.equal(normed, rms_norm(total, weight, eps=1e-6, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("tokens", "width"), [(1, 7), (3, 100), (2, 1376)])
 def test_silu_mul_is_rounded_once(device: torch.device, dtype: str, tokens: int, width: int) -> None:
     x = (torch.randn(tokens, 2 * width, device=device) * 4).to(torch_dtype(dtype))
@@ -140,3 +156,5 @@ def test_a_launcher_has_the_signature_of_its_reference(op: str) -> None:
     else:  # its weights are repacked into fewer operands
         keywords = [name for name, p in meaning.items() if p.kind is p.KEYWORD_ONLY]
         assert [name for name, p in launcher.items() if p.kind is p.KEYWORD_ONLY] == keywords
+    if kernel.run_in_splits:
+        assert inspect.signature(kernel.run_in_splits) == inspect.signature(kernel.run)

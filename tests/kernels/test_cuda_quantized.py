@@ -27,6 +27,7 @@ from tensorrt_llm.kernels.cuda.weight_only import (
     prepare_weight_only_quant_matmul,
     weight_only_gated_mlp_by,
     weight_only_quant_matmul_by,
+    weight_only_quant_matmul_in_splits_by,
 )
 from tensorrt_llm.kernels.tactics import MatmulShape, Tactic, Tactics, bucket_of, heuristic
 from tensorrt_llm.quantization import QuantizedWeight, quantize_weight
@@ -299,6 +300,33 @@ def test_weight_only_matmul_in_every_dtype(
     if tokens == 1 and dtype != "float32":
         tolerance += ones_error(weight, x)
     torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("tokens", "num_splits"), [(0, 3), (17, 1), (17, 3), (33, 2), (33, 100)])
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize(("bits", "group_size"), [(4, 64), (8, 0)])
+def test_sums_of_splits_are_left_to_a_reader_that_adds_them(
+    device: torch.device, bits: int, group_size: int, has_bias: bool, tokens: int, num_splits: int
+) -> None:
+    weight, depth = random_weight(70, 1088, bits, group_size, False, device), 1088
+    bias = torch.randn(70, device=device).half() if has_bias else None
+    given = operands(weight) + (() if bias is None else (bias,))
+    attributes = dict(bits=bits, has_zero=False, dtype="float32")
+    prepared = prepare_weight_only_quant_matmul(*given, **attributes)
+    x = torch.randn(tokens, depth, device=device).half()
+    shape = MatmulShape("weight_only_quant_matmul", 70, depth, torch.float16, bits, weight.scale.shape[1])
+    tactics = Tactics({(shape, bucket_of(max(tokens, 1))): Tactic("tiles", 64, 64, 0, 3, 4, num_splits)})
+    whole = weight_only_quant_matmul_by(tactics, x, *prepared, **attributes)
+    split = weight_only_quant_matmul_in_splits_by(tactics, x, *prepared, **attributes)
+    if has_bias or tokens == 0 or num_splits == 1:
+        assert torch.equal(split, whole)
+    else:
+        blocks = -(-depth // (64 * 16 // bits))
+        assert split.shape == (min(num_splits, blocks), tokens, 70) and split.dtype == torch.float32
+        sums = split[0].clone()
+        for part in split[1:]:
+            sums += part
+        assert torch.equal(sums, whole), "added in order, to the bit"
 
 
 @pytest.mark.parametrize(("dtype", "tokens"), [("float16", 257), ("bfloat16", 257), ("float32", 5)])

@@ -177,6 +177,19 @@ def test_operands_that_copies_of_tiles_cannot_take_go_other_ways(hopper: torch.d
 
 
 @pytest.mark.parametrize("tile", TILES)
+def test_splits_are_left_to_a_reader_that_adds_them(hopper: torch.device, tile: tuple[int, int, int]) -> None:
+    x, weight = torch.randn(217, 2312, device=hopper).half(), torch.randn(200, 2312, device=hopper).half() / 48
+    tactics = Tactics({(MatmulShape("matmul", 200, 2312, torch.float16), bucket_of(217)): warpgroups(tile)})
+    whole = matmul_by(tactics, x, weight, dtype="float32")
+    split = matmul_in_splits_by(tactics, x, weight, dtype="float32")
+    assert split.shape == ((tile[2], 217, 200) if tile[2] > 1 else (217, 200))
+    sums = split.view(-1, 217, 200)
+    for part in sums[1:]:
+        sums[0] += part
+    assert torch.equal(sums[0], whole), "added in order, to the bit"
+
+
+@pytest.mark.parametrize("tile", TILES)
 def test_a_captured_product_replays_on_new_inputs(hopper: torch.device, tile: tuple[int, int, int]) -> None:
     """Behind a kernel that writes x, as in a step: what starts early must wait for it."""
     source = torch.randn(217, 1024, device=hopper).half()

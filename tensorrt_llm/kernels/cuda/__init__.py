@@ -12,7 +12,7 @@ from ..tactics import Tactics
 from .attention import GptAttention
 from .batch_invariant import batch_invariant_kernels
 from .gated_mlp import gated_mlp, gated_mlp_by, prepare_gated_mlp
-from .linear import embedding, gather_last_token, matmul, matmul_by
+from .linear import embedding, gather_last_token, matmul, matmul_by, matmul_in_splits_by
 from .norm import add_rms_norm, add_rms_norm_quantize, rms_norm, rms_norm_quantize
 from .smooth_quant import (
     prepare_last_smoother,
@@ -32,6 +32,7 @@ from .weight_only import (
     weight_only_gated_mlp_by,
     weight_only_quant_matmul,
     weight_only_quant_matmul_by,
+    weight_only_quant_matmul_in_splits_by,
 )
 
 __all__ = [
@@ -60,19 +61,21 @@ def cuda_kernels(*, batch_invariant: bool = False, tactics: Tactics | None = Non
     kernels = {
         "embedding": Kernel(embedding),
         "rms_norm": Kernel(rms_norm),
-        "add_rms_norm": Kernel(add_rms_norm),
-        "matmul": Kernel(partial(matmul_by, by)),
+        "add_rms_norm": Kernel(add_rms_norm, adds_splits=True),
+        "matmul": Kernel(partial(matmul_by, by), run_in_splits=partial(matmul_in_splits_by, by)),
         "gated_mlp": Kernel(partial(gated_mlp_by, by), prepare=prepare_gated_mlp),
         "gather_last_token": Kernel(gather_last_token),
         "gpt_attention": Kernel(GptAttention(is_batch_invariant=batch_invariant), needs_step=True),
         "weight_only_quant_matmul": Kernel(
-            partial(weight_only_quant_matmul_by, by), prepare=prepare_weight_only_quant_matmul
+            partial(weight_only_quant_matmul_by, by),
+            prepare=prepare_weight_only_quant_matmul,
+            run_in_splits=partial(weight_only_quant_matmul_in_splits_by, by),
         ),
         "weight_only_gated_mlp": Kernel(partial(weight_only_gated_mlp_by, by), prepare=prepare_weight_only_gated_mlp),
         "quantize_per_token": Kernel(quantize_per_token, prepare=prepare_quantize_per_token),
         "quantize_tensor": Kernel(quantize_tensor, prepare=prepare_last_smoother),
         "rms_norm_quantize": Kernel(rms_norm_quantize, prepare=prepare_last_smoother),
-        "add_rms_norm_quantize": Kernel(add_rms_norm_quantize, prepare=prepare_last_smoother),
+        "add_rms_norm_quantize": Kernel(add_rms_norm_quantize, prepare=prepare_last_smoother, adds_splits=True),
         "smooth_quant_gemm": Kernel(partial(smooth_quant_gemm_by, by)),
         "smooth_quant_gated_mlp": Kernel(
             partial(smooth_quant_gated_mlp_by, by), prepare=prepare_smooth_quant_gated_mlp

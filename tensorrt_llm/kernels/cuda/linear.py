@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from ...dtype import torch_dtype
 from ..tactics import Tactics
-from . import dense
+from . import dense, wgmma_plain
 from .splits import arrivals_of
 
 logger = logging.getLogger(__name__)
@@ -32,6 +32,16 @@ def matmul_by(
 
 
 matmul = partial(matmul_by, Tactics())
+
+
+def matmul_in_splits_by(
+    tactics: Tactics, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, dtype: str
+) -> torch.Tensor:
+    """The same, or, where programs share the depth and there is no bias, float32 sums of each split [splits, T, n]."""
+    tactic = dense.choose(tactics, "matmul", x, weight)
+    if bias is None and tactic.way == "wgmma" and wgmma_plain.num_splits(x, tactic) > 1:
+        return wgmma_plain.sums_of_splits(x, weight, tactic)
+    return matmul_by(tactics, x, weight, bias, dtype=dtype)
 
 
 def library_matmul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, dtype: str) -> torch.Tensor:

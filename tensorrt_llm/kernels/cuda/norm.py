@@ -2,11 +2,12 @@
 
     rms_norm(x)        = x * rsqrt(mean(x^2) + eps) * weight
     add_rms_norm(x, y) = s, rms_norm(s)   with s = x + y, kept in float32
+    y of splits        = y[0] + y[1] + ...  the float32 sums of parts of a product's depth, added in order
     ..._quantize       = ..., q, scale    of the norm * inverse, as in int8_rows.py
 
-x, y and the results are [tokens, hidden], rows contiguous; weight and inverse, that of a smoother, are [hidden]. Each
-row belongs to one program, all math is in float32, and each result is rounded once. A row's bits do not depend on the
-other rows.
+x, y and the results are [tokens, hidden], rows contiguous, y perhaps [splits, tokens, hidden]; weight and inverse, that
+of a smoother, are [hidden]. Each row belongs to one program, all math is in float32, and each result is rounded once. A
+row's bits do not depend on the other rows.
 """
 
 # mypy: allow-untyped-defs
@@ -21,10 +22,10 @@ from .int8_rows import quantize_rows
 from .overlap import overlapping, start_next, wait_for_previous
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _rms_norm(
-    x_ptr, y_ptr, weight_ptr, inverse_ptr, sum_ptr, out_ptr, scale_ptr,
-    HIDDEN: tl.constexpr, BLOCK: tl.constexpr, EPS: tl.constexpr, HAS_ADDEND: tl.constexpr,
+    x_ptr, y_ptr, weight_ptr, inverse_ptr, sum_ptr, out_ptr, scale_ptr, tokens,
+    HIDDEN: tl.constexpr, BLOCK: tl.constexpr, EPS: tl.constexpr, NUM_ADDENDS: tl.constexpr,
     HAS_SMOOTHER: tl.constexpr, IS_QUANTIZED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     start_next(OVERLAP)
@@ -36,8 +37,12 @@ def _rms_norm(
         inverse = tl.load(inverse_ptr + columns, mask=mask, other=1.0)
     wait_for_previous(OVERLAP)
     x = tl.load(x_ptr + row + columns, mask=mask, other=0.0).to(tl.float32)
-    if HAS_ADDEND:
-        x += tl.load(y_ptr + row + columns, mask=mask, other=0.0).to(tl.float32)
+    if NUM_ADDENDS > 0:
+        y = tl.load(y_ptr + row + columns, mask=mask, other=0.0).to(tl.float32)
+        for split in tl.static_range(1, NUM_ADDENDS):
+            first_row = tokens.to(tl.int64) * (split * HIDDEN)
+            y += tl.load(y_ptr + first_row + row + columns, mask=mask, other=0.0).to(tl.float32)
+        x += y
         tl.store(sum_ptr + row + columns, x, mask=mask)
     out = x * tl.rsqrt(tl.sum(x * x) / HIDDEN + EPS) * weight
     if IS_QUANTIZED:
@@ -85,7 +90,7 @@ def add_rms_norm_quantize(
 
 
 def _empty_sum(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    assert x.shape == y.shape, f"add_rms_norm: x is {tuple(x.shape)} but y is {tuple(y.shape)}"
+    assert x.shape == y.shape[-2:], f"add_rms_norm: x is {tuple(x.shape)} but y is {tuple(y.shape)}"
     assert x.dtype == torch.float32, f"add_rms_norm: the residual must be float32, it is {x.dtype}"
     return torch.empty(x.shape, dtype=torch.float32, device=x.device)
 
@@ -114,7 +119,7 @@ def _launch(
     # loads of the float32 residual, all in flight at once; 4096 columns take 16 warps.
     num_warps = min(max(block // 256, 1), 16)
     _rms_norm[(rows,)](
-        x, y, weight, inverse, total, out, scale, HIDDEN=hidden, BLOCK=block, EPS=eps, HAS_ADDEND=y is not None,
-        HAS_SMOOTHER=inverse is not None, IS_QUANTIZED=scale is not None, num_warps=num_warps,
-        **overlapping(x.device),
+        x, y, weight, inverse, total, out, scale, rows, HIDDEN=hidden, BLOCK=block, EPS=eps,
+        NUM_ADDENDS=0 if y is None else y.shape[0] if y.ndim == 3 else 1, HAS_SMOOTHER=inverse is not None,
+        IS_QUANTIZED=scale is not None, num_warps=num_warps, **overlapping(x.device),
     )  # fmt: skip

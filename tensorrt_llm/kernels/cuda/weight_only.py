@@ -188,7 +188,7 @@ def _stream_rows(
 
 @triton.jit(do_not_specialize=["tokens"])
 def _multiply_tiles(
-    x_ptr, words_ptr, scale_ptr, zero_ptr, bias_ptr, out_ptr, partial_ptr,
+    x_ptr, words_ptr, scale_ptr, zero_ptr, bias_ptr, out_ptr,
     tokens, num_rows, depth, num_blocks, num_groups, blocks_per_split,
     TOKEN_TILE: tl.constexpr, ROW_TILE: tl.constexpr, NUM_STAGES: tl.constexpr, DOT_DTYPE: tl.constexpr,
     BITS: tl.constexpr, PLANE: tl.constexpr, PLANES_PER_SCALE: tl.constexpr, PLANES_PER_GROUP: tl.constexpr,
@@ -198,8 +198,8 @@ def _multiply_tiles(
     """More tokens: tensor cores, a block at a time and a dot for each of its planes.
 
     The weight is the left operand: tensor cores take that one from the registers in which it is unpacked. IS_WHOLE says
-    that depth is a number of whole blocks; with IS_SPLIT the blocks of a row are divided among programs, whose float32
-    sums wait for `add_splits`.
+    that depth is a number of whole blocks; with IS_SPLIT the blocks of a row are divided among programs, and out is the
+    float32 sums of each split.
     """
     start_next(OVERLAP)
     wait_for_previous(OVERLAP)
@@ -242,8 +242,8 @@ def _multiply_tiles(
     if IS_SPLIT:
         partial_rows = split.to(tl.int64) * tokens + token_ids
         columns = tile * ROW_TILE + tl.arange(0, ROW_TILE)
-        partial_ptrs = partial_ptr + (partial_rows * num_rows)[:, None] + columns[None, :]
-        tl.store(partial_ptrs, tl.trans(sums), mask=token_mask & (columns < num_rows)[None, :])
+        out_ptrs = out_ptr + (partial_rows * num_rows)[:, None] + columns[None, :]
+        tl.store(out_ptrs, tl.trans(sums), mask=token_mask & (columns < num_rows)[None, :])
     else:
         store_outputs(
             tl.trans(sums), tile, token_ids, tokens, num_rows, bias_ptr, out_ptr,
@@ -333,6 +333,26 @@ def weight_only_quant_matmul_by(
     """x [T, k] times the weight of `prepare_weight_only_quant_matmul`, plus bias, in `dtype`."""
     weight = _Weight(words, scale, zero, bits, x.shape[1])
     tactic = _choose(tactics, "weight_only_quant_matmul", x, weight)
+    return _multiply(x, weight, bias, dtype, tactic, is_gated=False, arrivals=arrivals_of(tactics))
+
+
+def weight_only_quant_matmul_in_splits_by(
+    tactics: Tactics,
+    x: torch.Tensor,
+    words: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    *,
+    bits: int,
+    has_zero: bool,
+    dtype: str,
+) -> torch.Tensor:
+    """The same, or, where programs share the depth and there is no bias, float32 sums of each split [splits, T, n]."""
+    weight = _Weight(words, scale, zero, bits, x.shape[1])
+    tactic = _choose(tactics, "weight_only_quant_matmul", x, weight)
+    if bias is None and len(x) and _num_splits(weight, tactic) > 1:
+        return _sums_of_splits(x, weight, tactic)
     return _multiply(x, weight, bias, dtype, tactic, is_gated=False, arrivals=arrivals_of(tactics))
 
 
@@ -473,9 +493,29 @@ def _multiply(
             tactic=tactic, arrivals=arrivals,
         )  # fmt: skip
         return out
-    if tactic.way == "wgmma":
-        return _launch_warpgroups(x, weight, bias, dtype, is_gated, tactic)
-    return _launch_tiles(x, weight, bias, dtype, is_gated, tactic)
+    out = _empty_output(x.shape[0], weight, dtype, is_gated, x.device)
+    if not len(x):
+        return out
+    if _num_splits(weight, tactic) > 1:
+        add_splits(_sums_of_splits(x, weight, tactic), bias, out, is_gated=is_gated)
+    else:
+        _launch_many(x, weight, bias, out, is_gated, tactic, 1)
+    return out
+
+
+def _num_splits(weight: _Weight, tactic: Tactic) -> int:
+    """Programs that share the depth and leave sums for another kernel, none without a block."""
+    if tactic.way not in ("wgmma", "tiles"):
+        return 1
+    return triton.cdiv(weight.num_blocks, triton.cdiv(weight.num_blocks, tactic.num_splits))
+
+
+def _sums_of_splits(x: torch.Tensor, weight: _Weight, tactic: Tactic) -> torch.Tensor:
+    """float32 [splits, T, n]."""
+    num_splits = _num_splits(weight, tactic)
+    sums = torch.empty((num_splits, x.shape[0], weight.num_rows), dtype=torch.float32, device=x.device)
+    _launch_many(x, weight, None, sums, False, tactic, num_splits)
+    return sums
 
 
 def _empty_output(tokens: int, weight: _Weight, dtype: str, is_gated: bool, device: torch.device) -> torch.Tensor:
@@ -514,40 +554,28 @@ def _launch_stream(
     return out
 
 
-def _launch_warpgroups(
-    x: torch.Tensor, weight: _Weight, bias: torch.Tensor | None, dtype: str, is_gated: bool, tactic: Tactic
-) -> torch.Tensor:
-    tokens = x.shape[0]
-    out = _empty_output(tokens, weight, dtype, is_gated, x.device)
-    num_splits = triton.cdiv(weight.num_blocks, triton.cdiv(weight.num_blocks, tactic.num_splits))  # none is empty
-    multiply = partial(
-        wgmma_tiles.multiply, x, weight.words, weight.scale, weight.zero, bits=weight.bits,
-        planes_per_group=weight.planes_per_group, token_tile=tactic.token_tile, row_tile=tactic.row_tile,
-        num_splits=num_splits,
-    )  # fmt: skip
-    if num_splits == 1:
-        multiply(bias, out, is_gated=is_gated)
-    else:
-        partial_sums = torch.empty((num_splits, tokens, weight.num_rows), dtype=torch.float32, device=x.device)
-        multiply(None, partial_sums, is_gated=False)
-        add_splits(partial_sums, bias, out, is_gated=is_gated)
-    return out
-
-
-def _launch_tiles(
-    x: torch.Tensor, weight: _Weight, bias: torch.Tensor | None, dtype: str, is_gated: bool, tactic: Tactic
-) -> torch.Tensor:
+def _launch_many(
+    x: torch.Tensor,
+    weight: _Weight,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    is_gated: bool,
+    tactic: Tactic,
+    num_splits: int,
+) -> None:
+    """Fill out, or with more than one split their sums, on warpgroups or in tiles."""
     tokens, depth = x.shape
-    out = _empty_output(tokens, weight, dtype, is_gated, x.device)
-    if tokens == 0:
-        return out
-    token_tile, row_tile, num_splits = tactic.token_tile, tactic.row_tile, tactic.num_splits
-    partial_sums = out
-    if num_splits > 1:
-        partial_sums = torch.empty((num_splits, tokens, weight.num_rows), dtype=torch.float32, device=x.device)
+    if tactic.way == "wgmma":
+        wgmma_tiles.multiply(
+            x, weight.words, weight.scale, weight.zero, bias, out, bits=weight.bits,
+            planes_per_group=weight.planes_per_group, is_gated=is_gated, token_tile=tactic.token_tile,
+            row_tile=tactic.row_tile, num_splits=num_splits,
+        )  # fmt: skip
+        return
+    token_tile, row_tile = tactic.token_tile, tactic.row_tile
     # Token tiles come first in the grid, so programs that run together share rows of the weight.
     _multiply_tiles[(triton.cdiv(tokens, token_tile), triton.cdiv(weight.num_rows, row_tile), num_splits)](
-        x, weight.words, weight.scale, weight.zero, bias, out, partial_sums,
+        x, weight.words, weight.scale, weight.zero, bias, out,
         tokens, weight.num_rows, depth, weight.num_blocks, weight.num_groups,
         triton.cdiv(weight.num_blocks, num_splits),
         TOKEN_TILE=token_tile, ROW_TILE=row_tile, NUM_STAGES=tactic.num_stages, DOT_DTYPE=dot_dtype(x.dtype),
@@ -555,9 +583,6 @@ def _launch_tiles(
         IS_WHOLE=depth % weight.block == 0, IS_SPLIT=num_splits > 1, num_warps=tactic.num_warps,
         **overlapping(x.device, is_early=tokens <= 64 and (weight.bits == 4 or tokens > 8)),
     )  # fmt: skip
-    if num_splits > 1:
-        add_splits(partial_sums, bias, out, is_gated=is_gated)
-    return out
 
 
 def _planes_per_scale(weight: _Weight) -> int:

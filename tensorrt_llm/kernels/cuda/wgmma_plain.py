@@ -232,15 +232,30 @@ def multiply(
     Scales are for int8, x's in float32 [T, 1] or [1], the weight's [n]. Operands are such that `takes` says so. Tiles
     are of 128 or 256 tokens by 128 or 192 rows.
     """
-    num_blocks = triton.cdiv(x.shape[1] * x.element_size(), STAGE_BYTES.value)
-    num_splits = triton.cdiv(num_blocks, triton.cdiv(num_blocks, tactic.num_splits))  # none is empty
-    if num_splits == 1:
-        _launch(x, x_scale, weight, weight_scale, bias, out, num_blocks, 1, is_gated, tactic)
-        return
+    if num_splits(x, tactic) == 1:
+        _launch(x, x_scale, weight, weight_scale, bias, out, is_gated, tactic)
+    else:
+        sums = sums_of_splits(x, weight, tactic)
+        add_splits(sums, bias, out, is_gated=is_gated, x_scale=x_scale, weight_scale=weight_scale)
+
+
+def sums_of_splits(x: torch.Tensor, weight: torch.Tensor, tactic: Tactic) -> torch.Tensor:
+    """x [T, k] times the transpose of weight [n, k], [splits, T, n]: float32, or int32 of int8."""
     sum_dtype = torch.int32 if x.dtype == torch.int8 else torch.float32
-    partial = torch.empty((num_splits, x.shape[0], weight.shape[0]), dtype=sum_dtype, device=x.device)
-    _launch(x, None, weight, None, None, partial, num_blocks, num_splits, False, tactic)
-    add_splits(partial, bias, out, is_gated=is_gated, x_scale=x_scale, weight_scale=weight_scale)
+    sums = torch.empty((num_splits(x, tactic), x.shape[0], weight.shape[0]), dtype=sum_dtype, device=x.device)
+    _launch(x, None, weight, None, None, sums, False, tactic)
+    return sums
+
+
+def num_splits(x: torch.Tensor, tactic: Tactic) -> int:
+    """Programs that share the depth of a tile, none of them without a block."""
+    num_blocks = _num_blocks(x)
+    return triton.cdiv(num_blocks, triton.cdiv(num_blocks, tactic.num_splits))
+
+
+def _num_blocks(x: torch.Tensor) -> int:
+    """Stages of a whole row."""
+    return triton.cdiv(x.shape[1] * x.element_size(), STAGE_BYTES.value)
 
 
 def _launch(
@@ -250,19 +265,19 @@ def _launch(
     weight_scale: torch.Tensor | None,
     bias: torch.Tensor | None,
     out: torch.Tensor,
-    num_blocks: int,
-    num_splits: int,
     is_gated: bool,
     tactic: Tactic,
 ) -> None:
+    """Fill out, or, of more than one split, their sums."""
+    num_blocks, splits = _num_blocks(x), num_splits(x, tactic)
     tokens, num_rows, token_tile, row_tile = x.shape[0], weight.shape[0], tactic.token_tile, tactic.row_tile
     columns, consumers = STAGE_BYTES.value // x.element_size(), row_tile // ROWS.value
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * x.element_size(), rank=2)
     # Token tiles come first in the grid, so programs that run together share rows of the weight.
-    _wgmma_plain[(triton.cdiv(tokens, token_tile), triton.cdiv(num_rows, row_tile), num_splits)](
+    _wgmma_plain[(triton.cdiv(tokens, token_tile), triton.cdiv(num_rows, row_tile), splits)](
         TensorDescriptor.from_tensor(x, [token_tile, columns], layout),
         TensorDescriptor.from_tensor(weight, [ROWS.value, columns], layout),
-        x_scale, weight_scale, bias, out, tokens, num_rows, num_blocks, triton.cdiv(num_blocks, num_splits),
+        x_scale, weight_scale, bias, out, tokens, num_rows, num_blocks, triton.cdiv(num_blocks, splits),
         stride_of(x_scale), HAS_SCALES=x_scale is not None, HAS_BIAS=bias is not None, IS_GATED=is_gated,
         CONSUMERS=consumers, TOKEN_TILE=token_tile,
         STAGES=(SHARED_BYTES - 1024) // ((token_tile + row_tile) * STAGE_BYTES.value), num_warps=4,
