@@ -13,6 +13,7 @@ from tensorrt_llm.dtype import torch_dtype
 from tensorrt_llm.kernels import quantized_reference, reference
 from tensorrt_llm.kernels.cuda.dense import choose, multiply
 from tensorrt_llm.kernels.cuda.epilogue import interleaved
+from tensorrt_llm.kernels.cuda.linear import matmul_by, matmul_in_splits_by
 from tensorrt_llm.kernels.cuda.smooth_quant import (
     prepare_smooth_quant_gated_mlp,
     smooth_quant_gated_mlp_by,
