@@ -30,6 +30,7 @@ __all__ = [
     "greedy_tokens_for",
     "kernels_for",
     "reference_kernels",
+    "take_integers_for",
 ]
 
 
@@ -106,6 +107,15 @@ def greedy_tokens_for(device: torch.device) -> Callable[[torch.Tensor], tuple[to
 
         return GreedyTokens()
     return reference.greedy_tokens
+
+
+def take_integers_for(device: torch.device) -> Callable[..., None]:
+    """`reference.take_integers` on `device`. No op of a network: it comes before a step."""
+    if device.type == "cuda":
+        from .cuda.step_integers import take_integers  # imports triton
+
+        return take_integers
+    return reference.take_integers
 
 
 @contextmanager

@@ -25,6 +25,20 @@ def embedding(ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return weight[ids.long()]
 
 
+def take_integers(
+    memory: torch.Tensor, integers: torch.Tensor, num_tokens: int, sampled_ids: torch.Tensor | None, num_sampled: int
+) -> None:
+    """Fill memory with the integers of a step, all int32 [n]: ids of tokens, where each comes from, and others.
+
+    integers[t] is the id of token t, unless integers[num_tokens + t] is a row of `sampled_ids`, below `num_sampled`.
+    """
+    memory.copy_(integers)
+    if sampled_ids is not None and len(sampled_ids):
+        ids, sources = integers[: 2 * num_tokens].split(num_tokens)
+        sampled = sampled_ids.index_select(0, sources.clamp(max=len(sampled_ids) - 1))
+        memory[:num_tokens] = torch.where(sources < num_sampled, sampled, ids)
+
+
 def greedy_tokens(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """int32 [rows] twice: the ids of the largest logits [rows, vocab], and the same with BROKEN where that is so.
 

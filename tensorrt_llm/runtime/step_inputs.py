@@ -1,13 +1,12 @@
 """A batch as the tensors that a network reads: packed tokens, lengths, block tables.
 
-All of a step's integers lie in one buffer on the device, behind the tokens that the last step sampled:
+All of a step's integers lie in one buffer on the device:
 
-    | sampled ids | input_ids | token_sources | position_ids | query_starts | ... | block_tables |
-    |-- on the device already --|------------ from the host, in one copy -------------------------|
-                  ^ num_sampled
+    | input_ids | token_sources | position_ids | query_starts | ... | block_tables |
 
-The first two are one array to choose from. `token_sources` says for each token of the step where it stands there, so
-the host may launch a step before it has read what it will compute.
+They come from the host in one copy, beside the step before, and from there to the buffer when that one is through. On
+the way a token whose source is below `num_sampled`, the most that a step samples, gets the id that the last step has
+sampled in that row: so the host may launch a step before it has read what it will compute.
 """
 
 import math
@@ -18,9 +17,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ..kernels import StepShape
+from ..kernels import StepShape, take_integers_for
 from .batch import Batch
-from .transfers import staging
+from .transfers import staging, upload_ahead
 
 
 @dataclass(frozen=True)
@@ -80,23 +79,22 @@ class StepBuffer:
         self._sizes = [math.prod(shape) for shape in self._shapes.values()]
         self._num_sampled = num_sampled
         # Zeros are token ids for whoever reads before the first step has filled it.
-        self._memory = torch.zeros(num_sampled + sum(self._sizes), dtype=torch.int32, device=device)
+        self._memory = torch.zeros(sum(self._sizes), dtype=torch.int32, device=device)
+        self._take_integers = take_integers_for(device)
 
     def fill(self, arrays: dict[str, np.ndarray], sampled_ids: torch.Tensor | None) -> None:
         """Copy a step's integers there, once the device is through with the steps that read the last ones."""
         assert {name: array.shape for name, array in arrays.items()} == self._shapes, "arrays of another room"
         host = staging(sum(self._sizes), torch.int32, self._memory.device)
         np.concatenate([array.ravel() for array in arrays.values()], out=host.numpy())
-        self._memory[self._num_sampled :].copy_(host, non_blocking=True)
-        if sampled_ids is not None:
-            self._memory[: len(sampled_ids)].copy_(sampled_ids)
+        integers = upload_ahead(host, self._memory.device)
+        self._take_integers(self._memory, integers, len(arrays["input_ids"]), sampled_ids, self._num_sampled)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The step inputs of a plan. Tokens are gathered here, so a graph that is to follow the buffer holds this."""
-        pieces = self._memory[self._num_sampled :].split(self._sizes)
+        """The step inputs of a plan, views of the buffer."""
+        pieces = self._memory.split(self._sizes)
         tensors = {name: piece.view(self._shapes[name]) for name, piece in zip(self._shapes, pieces, strict=True)}
-        choice = self._memory[: self._num_sampled + len(tensors["input_ids"])]
-        tensors["input_ids"] = choice.index_select(0, tensors.pop("token_sources"))
+        del tensors["token_sources"]
         return tensors
 
 
