@@ -64,7 +64,7 @@ def reference_kernels() -> dict[str, Kernel]:
         "mul": Kernel(reference.mul),
         "silu": Kernel(reference.silu),
         "cast": Kernel(reference.cast),
-        "gather_last_token": Kernel(reference.gather_last_token),
+        "gather_last_token": Kernel(reference.gather_last_token, needs_step=True),
         "gpt_attention": Kernel(reference.gpt_attention, needs_step=True),
         "weight_only_quant_matmul": Kernel(quantized_reference.weight_only_quant_matmul),
         "weight_only_gated_mlp": Kernel(quantized_reference.weight_only_gated_mlp),

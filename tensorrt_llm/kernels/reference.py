@@ -20,9 +20,10 @@ def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 
-def embedding(ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """ids int [T], weight [vocab, hidden] -> [T, hidden]."""
-    return weight[ids.long()]
+def embedding(ids: torch.Tensor, weight: torch.Tensor, *, dtype: str | None = None) -> torch.Tensor:
+    """ids int [T], weight [vocab, hidden] -> [T, hidden], in the weight's dtype or in another."""
+    rows = weight[ids.long()]
+    return rows if dtype is None else rows.to(torch_dtype(dtype))
 
 
 def take_integers(
@@ -104,8 +105,8 @@ def gated_mlp(x: torch.Tensor, fc: torch.Tensor, gate: torch.Tensor, *, dtype: s
     return (activated * (x.to(wide) @ gate.to(wide).T)).to(torch_dtype(dtype))
 
 
-def gather_last_token(x: torch.Tensor, last_token_ids: torch.Tensor) -> torch.Tensor:
-    """Rows of x [T, hidden] picked by last_token_ids int [N], counted from 0."""
+def gather_last_token(x: torch.Tensor, last_token_ids: torch.Tensor, *, step: StepShape) -> torch.Tensor:
+    """Rows of x [T, hidden] picked by last_token_ids int [N], counted from 0: in a step of decodes each, in order."""
     return x[last_token_ids.long()]
 
 

@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton", reason="the CUDA kernels need triton")
 
 from tensorrt_llm.dtype import torch_dtype
-from tensorrt_llm.kernels import reference, reference_kernels
+from tensorrt_llm.kernels import StepShape, reference, reference_kernels
 from tensorrt_llm.kernels.cuda import (
     add_rms_norm,
     cuda_kernels,
@@ -142,7 +142,13 @@ def test_a_matmul_without_a_direct_kernel_says_so_once(caplog: pytest.LogCapture
 def test_embedding_and_gather_take_int32_rows(device: torch.device) -> None:
     table, rows = torch.randn(11, 6, device=device), torch.tensor([10, 0, 3, 3], dtype=torch.int32, device=device)
     assert torch.equal(embedding(rows, table), table[rows.long()])
-    assert torch.equal(gather_last_token(table, rows), table[rows.long()])
+    wide = torch.randn(3, 2500, device=device).half()
+    assert torch.equal(embedding(rows[1:2], wide, dtype="float32"), wide[:1].float())
+    assert embedding(rows[:0], wide, dtype="float32").shape == (0, 2500)
+    prompts, decodes = StepShape(11, 4, 4, 11, 5, 5), StepShape(4, 4, 0, 0, 1, 5)
+    assert torch.equal(gather_last_token(table, rows, step=prompts), table[rows.long()])
+    every = torch.arange(4, dtype=torch.int32, device=device)
+    assert torch.equal(gather_last_token(table[:4], every, step=decodes), table[:4])
 
 
 @pytest.mark.parametrize("op", sorted(cuda_kernels()))

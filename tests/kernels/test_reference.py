@@ -7,7 +7,7 @@ import pytest
 import torch
 from paged_steps import PagedSteps, Sequence3, Setting
 
-from tensorrt_llm.kernels import reference
+from tensorrt_llm.kernels import StepShape, reference
 
 # A whole prompt, the start of one, the end of one, one token of one; then decodes. Blocks of 4 tokens.
 CONTEXTS: list[Sequence3] = [(0, 5, 5), (0, 3, 7), (4, 6, 10), (3, 1, 4), (0, 1, 1)]
@@ -86,5 +86,8 @@ def test_operands_of_two_dtypes_are_summed_in_float32() -> None:
 
 def test_gather_and_embedding_pick_rows() -> None:
     rows, ids = torch.randn(4, 3), torch.tensor([2, 0, 2], dtype=torch.int32)
-    for op in (lambda: reference.gather_last_token(rows, ids), lambda: reference.embedding(ids, rows)):
+    prompts = StepShape(4, 3, 3, 4, 2, 2)
+    for op in (lambda: reference.gather_last_token(rows, ids, step=prompts), lambda: reference.embedding(ids, rows)):
         assert torch.equal(op(), rows[[2, 0, 2]])
+    half = reference.embedding(ids, rows.half(), dtype="float32")
+    assert half.dtype == torch.float32 and torch.equal(half, rows.half()[[2, 0, 2]].float())

@@ -7,12 +7,24 @@ import torch
 from models_for_tests import describe_config, make_config
 
 from tensorrt_llm import Network, Parameter, Tensor, net_guard
-from tensorrt_llm.functional import add, gpt_attention, matmul, mul, rms_norm, silu
+from tensorrt_llm.functional import (
+    add,
+    cast,
+    embedding,
+    gather_last_token_logits,
+    gpt_attention,
+    matmul,
+    mul,
+    rms_norm,
+    silu,
+)
 from tensorrt_llm.kernels import StepShape, reference_kernels
 from tensorrt_llm.passes import optimize
 from tensorrt_llm.passes.fuse_add_rms_norm import fuse_add_rms_norm
+from tensorrt_llm.passes.fuse_embedding_cast import fuse_embedding_cast
 from tensorrt_llm.passes.fuse_gated_mlp import fuse_gated_mlp
 from tensorrt_llm.passes.fuse_norm_quantize import fuse_norm_quantize
+from tensorrt_llm.passes.gather_after_norm import gather_after_norm
 from tensorrt_llm.passes.simplify import simplify
 from tensorrt_llm.quantization.functional import quantize_per_token
 from tensorrt_llm.runtime.executor import Executor
@@ -74,7 +86,6 @@ HEAD = [
     "layers.0.attention.dense.matmul/1 = matmul(layers.0.attention.gpt_attention/1, layers.0.attention.dense.weight)",
 ]
 TAIL = [
-    "ln_f.rms_norm/1 = rms_norm(gather_last_token/1, ln_f.weight)",
     "lm_head.matmul/1 = matmul(ln_f.rms_norm/1, lm_head.weight)",
     "output logits = lm_head.matmul/1",
 ]
@@ -92,6 +103,7 @@ def test_a_layer_is_described_op_by_op() -> None:
         "layers.0.mlp.proj.matmul/1 = matmul(layers.0.mlp.mul/1, layers.0.mlp.proj.weight)",
         "layers.0.add/2 = add(layers.0.add/1, layers.0.mlp.proj.matmul/1)",
         "gather_last_token/1 = gather_last_token(layers.0.add/2, last_token_ids)",
+        "ln_f.rms_norm/1 = rms_norm(gather_last_token/1, ln_f.weight)",
         *TAIL,
     ]
 
@@ -104,9 +116,11 @@ def test_an_optimized_layer_has_fused_nodes() -> None:
         "layers.0.mlp.gated_mlp/1 = gated_mlp(layers.0.add_rms_norm/2, layers.0.mlp.fc.weight, "
         "layers.0.mlp.gate.weight)",
         "layers.0.mlp.proj.matmul/1 = matmul(layers.0.mlp.gated_mlp/1, layers.0.mlp.proj.weight)",
-        "layers.0.add/2 = add(layers.0.add_rms_norm/1, layers.0.mlp.proj.matmul/1)",
-        "gather_last_token/1 = gather_last_token(layers.0.add/2, last_token_ids)",
-        *TAIL,
+        "layers.0.add_rms_norm/3, layers.0.add_rms_norm/4 = add_rms_norm(layers.0.add_rms_norm/1, "
+        "layers.0.mlp.proj.matmul/1, ln_f.weight)",
+        "ln_f.gather_last_token/1 = gather_last_token(layers.0.add_rms_norm/4, last_token_ids)",
+        "lm_head.matmul/1 = matmul(ln_f.gather_last_token/1, lm_head.weight)",
+        "output logits = lm_head.matmul/1",
     ]
 
 
@@ -119,7 +133,7 @@ def test_norms_between_layers_are_fused_too() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_every_precision_is_fused(dtype: str) -> None:
     ops = [node.op for node in describe_config(make_config(), dtype, optimized=True).nodes]
-    assert ops.count("gated_mlp") == 1 and ops.count("add_rms_norm") == 1
+    assert ops.count("gated_mlp") == 1 and ops.count("add_rms_norm") == 2 and "cast" not in ops
 
 
 def test_marks_survive_all_passes() -> None:
@@ -150,6 +164,64 @@ def test_a_pass_that_breaks_the_network_is_named(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("tensorrt_llm.passes.PASSES", (drop_everything,))
     with pytest.raises(AssertionError, match="pass drop_everything broke the network"):
         optimize(describe_config(make_config()))
+
+
+# fuse_embedding_cast
+
+
+def test_an_embedding_is_made_in_the_dtype_that_it_is_cast_to(network: Network) -> None:
+    with net_guard(network):
+        ids = Tensor("ids", "int32", ["num_tokens"])
+        rows = embedding(ids, weight(network, "table", 11, 4, dtype="float16"))
+        rows.mark_output("narrow")
+        cast(embedding(ids, weight(network, "other", 11, 4, dtype="float16")), "float32").mark_output("wide")
+    assert fuse_embedding_cast(network) == 1
+    assert lines(network) == [
+        "embedding/1 = embedding(ids, table)",
+        "embedding/3 = embedding(ids, other)",
+        "output narrow = embedding/1",
+        "output wide = embedding/3",
+    ]
+    assert [node.outputs[0].dtype for node in network.nodes] == ["float16", "float32"]
+
+
+def test_an_embedding_with_another_reader_stays_as_it_is(network: Network) -> None:
+    with net_guard(network):
+        rows = embedding(Tensor("ids", "int32", ["num_tokens"]), weight(network, "table", 11, 4, dtype="float16"))
+        cast(rows, "float32").mark_output("wide")
+        silu(rows).mark_output("other")
+    assert fuse_embedding_cast(network) == 0
+
+
+# gather_after_norm
+
+
+def describe_end(network: Network, *, visible: bool = False) -> None:
+    """rms_norm of some rows of a sum."""
+    with net_guard(network):
+        x, y = (Tensor(name, "float32", ["num_tokens", 4]) for name in "xy")
+        rows = gather_last_token_logits(add(x, y), Tensor("last", "int32", ["num_logits"]))
+        if visible:
+            rows.mark_output("rows")
+        rms_norm(rows, weight(network, "w", 4), eps=1e-6).mark_output("normed")
+
+
+def test_rows_are_gathered_behind_their_norm(network: Network) -> None:
+    describe_end(network)
+    assert gather_after_norm(network) == 1
+    assert lines(network) == [
+        "add/1 = add(x, y)",
+        "rms_norm/2 = rms_norm(add/1, w)",
+        "gather_last_token/2 = gather_last_token(rms_norm/2, last)",
+        "output normed = gather_last_token/2",
+    ]
+    assert network.outputs["normed"].shape == ("num_logits", 4)
+    assert fuse_add_rms_norm(network) == 1
+
+
+def test_rows_that_are_looked_at_stay_where_they_are(network: Network) -> None:
+    describe_end(network, visible=True)
+    assert gather_after_norm(network) == 0
 
 
 # simplify

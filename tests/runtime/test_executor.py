@@ -55,10 +55,10 @@ def test_products_in_front_of_norms_are_left_in_splits(engine: Engine, monkeypat
     monkeypatch.setattr(session, "kernels_for", lambda *_, **__: splitting_kernels(calls))
     found = GenerationSession(Session(engine, "cpu")).decode_batch(prompts, sampling)
     assert torch.equal(found, wanted)
-    # Of a layer qkv has a bias and another reader; the last layer's sum is no norm's, and the logits are an output.
-    steps = calls.count("matmul") // 4
-    assert steps >= 4 and calls.count("matmul") == 4 * steps
-    assert calls.count("matmul in splits") == calls.count("add_rms_norm of 3 dims") == 3 * steps
+    # What attention and MLP make goes to a norm, qkv to attention, and the logits are an output.
+    steps = calls.count("matmul") // 3
+    assert steps >= 4 and calls.count("matmul") == 3 * steps
+    assert calls.count("matmul in splits") == calls.count("add_rms_norm of 3 dims") == 4 * steps
 
 
 def test_kept_values_are_whole(engine: Engine) -> None:

@@ -64,7 +64,7 @@ def cuda_kernels(*, batch_invariant: bool = False, tactics: Tactics | None = Non
         "add_rms_norm": Kernel(add_rms_norm, adds_splits=True),
         "matmul": Kernel(partial(matmul_by, by), run_in_splits=partial(matmul_in_splits_by, by)),
         "gated_mlp": Kernel(partial(gated_mlp_by, by), prepare=prepare_gated_mlp),
-        "gather_last_token": Kernel(gather_last_token),
+        "gather_last_token": Kernel(gather_last_token, needs_step=True),
         "gpt_attention": Kernel(GptAttention(is_batch_invariant=batch_invariant), needs_step=True),
         "weight_only_quant_matmul": Kernel(
             partial(weight_only_quant_matmul_by, by),

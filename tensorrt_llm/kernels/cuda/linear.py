@@ -7,15 +7,22 @@ bits, or multiply float32 as TF32, are switches of the process (torch.backends.c
 them.
 """
 
+# mypy: allow-untyped-defs
+# The arguments of a kernel are Triton's values, for which Python has no types.
+
 import logging
 from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 
 from ...dtype import torch_dtype
+from ..step import StepShape
 from ..tactics import Tactics
 from . import dense, wgmma_plain
+from .overlap import overlapping, start_next, wait_for_previous
 from .splits import arrivals_of
 
 logger = logging.getLogger(__name__)
@@ -62,11 +69,34 @@ def _report_upcast(device: str, x: torch.dtype, weight: torch.dtype, out: torch.
     logger.warning("matmul %s x %s -> %s on %s has no direct kernel: both are cast to float32", x, weight, out, device)
 
 
-def embedding(ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Rows of weight [vocabulary, hidden] at ids [tokens]."""
-    return weight.index_select(0, ids)
+@triton.jit
+def _embedding(
+    ids_ptr, weight_ptr, out_ptr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
+):  # fmt: skip
+    start_next(OVERLAP)
+    wait_for_previous(OVERLAP)
+    token = tl.program_id(0)
+    row = tl.load(ids_ptr + token).to(tl.int64) * HIDDEN
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    values = tl.load(weight_ptr + row + columns, mask=columns < HIDDEN)
+    tl.store(out_ptr + token.to(tl.int64) * HIDDEN + columns, values, mask=columns < HIDDEN)
 
 
-def gather_last_token(x: torch.Tensor, last_token_ids: torch.Tensor) -> torch.Tensor:
-    """Rows of x [tokens, hidden] whose logits are wanted."""
+def embedding(ids: torch.Tensor, weight: torch.Tensor, *, dtype: str | None = None) -> torch.Tensor:
+    """Rows of weight [vocabulary, hidden] at ids [tokens], in its dtype or in another."""
+    tokens, hidden = len(ids), weight.shape[1]
+    out = torch.empty((tokens, hidden), dtype=torch_dtype(dtype) if dtype else weight.dtype, device=weight.device)
+    if tokens:
+        block = min(triton.next_power_of_2(hidden), 1024)
+        _embedding[(tokens, triton.cdiv(hidden, block))](
+            ids, weight, out, HIDDEN=hidden, BLOCK=block, num_warps=4, **overlapping(weight.device)
+        )
+    return out
+
+
+def gather_last_token(x: torch.Tensor, last_token_ids: torch.Tensor, *, step: StepShape) -> torch.Tensor:
+    """Rows of x [tokens, hidden] whose logits are wanted: in a step of decodes all, as they are."""
+    if step.num_contexts == 0:
+        assert len(x) == len(last_token_ids), f"{len(last_token_ids)} rows of {len(x)} decodes"
+        return x
     return x.index_select(0, last_token_ids)
