@@ -22,7 +22,7 @@ from ...dtype import torch_dtype
 from ..step import StepShape
 from ..tactics import Tactics
 from . import dense, wgmma_plain
-from .overlap import overlapping, start_next, wait_for_previous
+from .overlap import has_dependent_launch, start_next
 from .splits import arrivals_of
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,6 @@ def _embedding(
     ids_ptr, weight_ptr, out_ptr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
 ):  # fmt: skip
     start_next(OVERLAP)
-    wait_for_previous(OVERLAP)
     token = tl.program_id(0)
     row = tl.load(ids_ptr + token).to(tl.int64) * HIDDEN
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -88,8 +87,9 @@ def embedding(ids: torch.Tensor, weight: torch.Tensor, *, dtype: str | None = No
     out = torch.empty((tokens, hidden), dtype=torch_dtype(dtype) if dtype else weight.dtype, device=weight.device)
     if tokens:
         block = min(triton.next_power_of_2(hidden), 1024)
+        # Launched as usual: it is the first of a step, whose inputs kernels behind it read before they wait.
         _embedding[(tokens, triton.cdiv(hidden, block))](
-            ids, weight, out, HIDDEN=hidden, BLOCK=block, num_warps=4, **overlapping(weight.device)
+            ids, weight, out, HIDDEN=hidden, BLOCK=block, OVERLAP=has_dependent_launch(weight.device), num_warps=4
         )
     return out
 
