@@ -189,7 +189,9 @@ class Scheduler:
         if in_whole_tiles > num_contexts:
             self._steps_held = 0
             return in_whole_tiles - num_contexts
-        if len(prompts) * _DECODES_FOR_A_PLACE <= num_decodes and self._steps_held < _MOST_STEPS_HELD:
+        could_fill = prompt_tokens_in_whole_tiles(num_contexts + budget, num_decodes) > num_contexts
+        few = len(prompts) * _DECODES_FOR_A_PLACE <= num_decodes
+        if could_fill and few and self._steps_held < _MOST_STEPS_HELD:
             self._steps_held += 1
             return 0
         self._steps_held = 0

@@ -184,15 +184,20 @@ def test_a_newcomer_leaves_a_block_for_every_second_sequence_that_will_grow(olds
     assert (next_batch(scheduler).num_contexts == 1) is is_admitted
 
 
-def full_house(waiting: int, batch: int = 256) -> Scheduler:
+def full_house(waiting: int, batch: int = 256, max_num_tokens: int = 4096) -> Scheduler:
     """A full batch of decodes, of which one in each step ends, and `waiting` requests of 100 tokens."""
     limits = Limits(
-        max_batch_size=batch, max_input_len=1024, max_output_len=1024, max_num_tokens=4096, tokens_per_block=64
+        max_batch_size=batch,
+        max_input_len=1024,
+        max_output_len=1024,
+        max_num_tokens=max_num_tokens,
+        tokens_per_block=64,
     )
     scheduler = Scheduler(limits, BlockAllocator(2000))
     for index in range(batch):
         scheduler.submit(make_request(index, 16, 2 + index if index < 40 else 200))
-    assert run_step(scheduler).num_context_tokens == 16 * batch, "nobody waits for a place"
+    while any(request.num_output == 0 for request in scheduler.running) or scheduler.waiting:
+        run_step(scheduler)
     for index in range(waiting):
         scheduler.submit(make_request(batch + index, 100, 200))
     return scheduler
@@ -230,6 +235,16 @@ def test_few_decodes_keep_no_place_for_a_tile() -> None:
     scheduler = full_house(waiting=40, batch=32)
     run_step(scheduler)
     assert [run_step(scheduler).num_context_tokens for _ in range(3)] == [100, 100, 100]
+
+
+def test_nobody_waits_for_a_tile_that_a_step_cannot_hold() -> None:
+    scheduler = full_house(waiting=200, max_num_tokens=400)
+    while run_step(scheduler).num_contexts:
+        pass
+    for index, request in enumerate(scheduler.running[:20]):
+        request.sampling = make_request(0, 16, request.num_output + 1 + index).sampling
+    prompts = [run_step(scheduler).num_context_tokens for _ in range(21)]
+    assert prompts == [0] + [100] * 20, "one ends in each step, and one comes"
 
 
 def test_prompts_wait_a_few_steps_at_most() -> None:
