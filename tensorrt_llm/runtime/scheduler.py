@@ -1,7 +1,7 @@
 """Which sequences a step computes, and how much of each.
 
 Sequences run in the order of their arrival. A step holds the next token of every running sequence, the longest first,
-and as many prompt tokens as the budget allows, or, while others wait for a place, as fill whole tiles of tokens; a long
+and as many prompt tokens as the budget allows, or, while others cannot enter yet, as fill whole tiles of tokens; a long
 prompt is cut into chunks over several steps. A sequence enters when there is a place in the batch and there are blocks
 for all its tokens, and takes further blocks as it grows. When none is left, the youngest running sequence gives all of
 its blocks back and waits in front of the queue; later it is computed again from its prompt and its output, so it loses
@@ -153,24 +153,23 @@ class Scheduler:
 
     def _admissible(self, places: int) -> list[Request]:
         """Who may run next: the first in the queue, as far as there are places and blocks. Nobody is overtaken."""
-        growth = [running.max_blocks - len(running.blocks) for running in self.running]
+        growth = sum(self._reserve(running, len(running.blocks)) for running in self.running)
         free, found = self.allocator.num_free, list[Request]()
         for request in islice(self.waiting, max(places, 0)):
             needed = self._blocks_for(len(request.token_ids))
             free -= needed
-            growth.append(request.max_blocks - needed)
-            if free < self._reserve(growth):
+            growth += self._reserve(request, needed)
+            # Where sequences may be preempted, one block for every second that will grow, or a newcomer would soon be:
+            # until all of these are taken half a block's steps go by on average, in which others end.
+            if free < ((growth + 1) // 2 if self.preempts else growth):
                 break
             found.append(request)
         return found
 
-    def _reserve(self, growth: list[int]) -> int:
-        """Blocks to keep free for running sequences, by how many each will still ask for."""
-        if self.preempts:
-            # One for every second that will grow, or a newcomer would soon be preempted. Until all of these are taken
-            # half a block's steps go by, in which others end.
-            return (len(growth) - growth.count(0) + 1) // 2
-        return sum(growth)
+    def _reserve(self, request: Request, num_blocks: int) -> int:
+        """Blocks that a sequence with so many will still ask for: soon, or, where nothing is preempted, ever."""
+        growth = request.max_blocks - num_blocks
+        return min(growth, 1) if self.preempts else growth
 
     def _prompt_budget(
         self, num_contexts: int, num_decodes: int, unfinished: list[Request], newcomers: list[Request]

@@ -23,7 +23,8 @@ from .stored_tactics import stored_tactics
 
 logger = logging.getLogger(__name__)
 
-# Of the memory that is free once the weights are there; the rest is for activations and for others.
+# Of the memory that is free beside the weights and the activations of a step; the rest is for captured graphs, for
+# workspaces of cuBLAS and widened weights, and for others.
 _KV_SHARE = {"cuda": 0.95, "cpu": 0.5}
 # Beside an engine file: kernels that were compiled for it, for the next start.
 KERNEL_FOLDER = "kernel_cache"

@@ -15,8 +15,9 @@ _MIXED_TOKENS = (32, 64, 96, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1
 _MIXED_PROMPTS = 8  # an empty one costs a few programs that end at once
 _MIXED_DECODES = (8, 16, 32, *range(64, 257, 32), *range(320, 1025, 64))
 _TILE_TOKENS = 256
-# Of a step in whole tiles. More do not make it more efficient, and its decodes wait longer for their next token.
-_MOST_TOKENS_IN_TILES = 1024
+# Of a step in whole tiles, or so many prompt tokens beside more than 256 decodes. More do not make it more efficient,
+# and its decodes wait longer for their next token.
+_MOST_TOKENS_IN_TILES, _PROMPT_TOKENS_BESIDE_MANY = 1024, 768
 
 
 def decodes_size(count: int) -> int:
@@ -43,7 +44,8 @@ def mixed_sizes(num_tokens: int, num_prompts: int, num_decodes: int) -> tuple[in
 def prompt_tokens_in_whole_tiles(most_tokens: int, num_decodes: int) -> int:
     """The most prompt tokens, up to `most_tokens`, that fill tiles of a step without padding; 0: they fill none."""
     decodes = _next(_MIXED_DECODES, num_decodes) if num_decodes else 0
-    most_in_tiles = max(_MOST_TOKENS_IN_TILES, decodes + _TILE_TOKENS)
+    beside_many = -(-decodes // _TILE_TOKENS) * _TILE_TOKENS + _PROMPT_TOKENS_BESIDE_MANY
+    most_in_tiles = max(_MOST_TOKENS_IN_TILES, beside_many)
     return max(min(decodes + most_tokens, most_in_tiles) // _TILE_TOKENS * _TILE_TOKENS - decodes, 0)
 
 

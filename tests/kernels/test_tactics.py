@@ -127,6 +127,8 @@ def test_warpgroups_are_chosen_for_integers_and_for_the_gated_mlp_of_floats() ->
     integers = MatmulShape("smooth_quant_gemm", 12288, 4096, torch.int8, 8)
     assert [heuristic(integers, tokens).way == "wgmma" for tokens in (64, 65, 256, 4096)] == [False, True, True, True]
     assert heuristic(integers._replace(depth=4104), 256).way == "tiles"
+    small = MatmulShape("smooth_quant_gemm", 896, 896, torch.int8, 8)
+    assert Tactic("tiles", 64, 64, 256, 4, 4) in candidates(small, 128), "what was chosen there before is still timed"
     gated = MatmulShape("gated_mlp", 22016, 4096, HALF)
     assert [heuristic(gated, tokens).way for tokens in (65, 256, 257)] == ["wgmma", "wgmma", "library"]
     assert heuristic(gated._replace(op="matmul"), 256).way == "library"

@@ -26,7 +26,7 @@ def test_long_and_many_prompts_have_no_size(tokens: int, prompts: int) -> None:
 @given(st.integers(1, 1024), st.integers(1, 8), st.integers(1, 1024))
 def test_mixed_steps_hold_what_they_are_for(tokens: int, prompts: int, decodes: int) -> None:
     sizes = mixed_sizes(tokens, prompts, decodes)
-    assert sizes and sizes >= (tokens, prompts, decodes)
+    assert sizes
     assert all(size >= count for size, count in zip(sizes, (tokens, prompts, decodes), strict=True))
     assert sizes[0] <= max(tokens + 63, tokens * 4 / 3)
 
@@ -36,7 +36,7 @@ def test_too_much_beside_decodes_has_no_size(tokens: int, prompts: int) -> None:
     assert mixed_sizes(tokens, prompts, 10) is None
 
 
-@given(st.integers(0, 8192), st.integers(0, 1024))
+@given(st.integers(0, 8192), st.integers(0, 3000))
 def test_whole_tiles_are_full(most_tokens: int, decodes: int) -> None:
     tokens = prompt_tokens_in_whole_tiles(most_tokens, decodes)
     assert 0 <= tokens <= most_tokens
@@ -46,7 +46,7 @@ def test_whole_tiles_are_full(most_tokens: int, decodes: int) -> None:
         assert sizes
         padded = sizes[2]
     assert tokens == 0 or (padded + tokens) % 256 == 0
-    assert most_tokens - tokens < 256 or padded + tokens >= 1024, "as many as there may be"
-    assert padded + tokens <= max(1024, padded + 256)
+    assert most_tokens - tokens < 256 or padded + tokens >= max(1024, padded + 768), "as many as there may be"
+    assert padded + tokens <= max(1024, padded + 768 + 255)
     if 0 < tokens <= 1024 and decodes:
         assert mixed_sizes(tokens, 8, decodes) == (tokens, 8, padded), "no padding beside prompts"

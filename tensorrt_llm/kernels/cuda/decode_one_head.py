@@ -208,10 +208,9 @@ class _Cut(NamedTuple):
 
 
 # Programs of one sequence's heads run together, the longest sequence first. Where that fills all SMs, a sequence needs
-# no splits: what is shared out evenly at the end are short ones, no program starts for nothing, and 16 KB of a block
-# are read beside those of the next head. 243 sequences of 447 tokens on average take 584 us (3.05 TB/s), in splits of
-# 512 612; 64 of 425 153 us instead of 167 (H100, lengths as they come in serving). 32 KB of K and V in flight are four
-# programs' on an SM.
+# no splits: what is left at the end are short ones, and no program starts for nothing. 243 sequences of 447 tokens on
+# average take 584 us (3.05 TB/s), in splits of 512 622; with programs in order of heads the best were 610, and 167 for
+# 64 of 425, which take 153 (H100, lengths as they come in serving). Four programs share an SM.
 _MANY = _Cut(2048, 32, 3, 4)
 # Small tiles of an int8 cache keep more programs on an SM, if there are that many: 327 us instead of 355 for the 243
 # sequences; 64 take 99 in the larger ones, 114 in these.

@@ -109,10 +109,10 @@ def multiply(
     is_gated: bool,
     arrivals: Arrivals | None = None,
 ) -> torch.Tensor:
-    """x weight^T + bias, or the gated product, in `dtype`, by a stream (of one token) or in tiles.
+    """x weight^T + bias, or the gated product, in `dtype`, by a stream (of one token), in tiles, or on warpgroups.
 
-    No kernel of the step may have written the weight: streams and ring tiles read it before the kernels in front are
-    done. In tiles, a row's bits depend on the tactic, not on how many tokens there are. Ring tiles need `arrivals`.
+    No kernel of the step may have written the weight: all but plain tiles read it before the kernels in front are done.
+    In tiles, a row's bits depend on the tactic, not on how many tokens there are. Ring tiles need `arrivals`.
     """
     assert x.is_contiguous() and weight.is_contiguous(), "dense matmul: rows must be contiguous"
     (tokens, depth), num_rows = x.shape, weight.shape[0]

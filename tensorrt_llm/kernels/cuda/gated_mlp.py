@@ -1,9 +1,9 @@
 """The gated MLP's first half: silu(x fc^T) * (x gate^T).
 
 Rows of fc and gate take turns in one weight [2n, k], so that x is read once, and both factors of a product come out
-side by side (epilogue.py). For a few tokens one kernel does it all (dense.py); for more, cuBLAS makes [tokens, 2n] in
-x's dtype, and a Triton kernel [tokens, n] of that: float32 math, one rounding. The packing belongs to these kernels;
-the engine file keeps fc and gate apart.
+side by side (epilogue.py). For a few tokens, and on Hopper for some hundreds, one kernel does it all (dense.py); for
+more, cuBLAS makes [tokens, 2n] in x's dtype, and a Triton kernel [tokens, n] of that: float32 math, one rounding. The
+packing belongs to these kernels; the engine file keeps fc and gate apart.
 """
 
 # mypy: allow-untyped-defs

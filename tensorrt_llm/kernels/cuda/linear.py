@@ -2,9 +2,9 @@
 
     matmul(x, weight, bias) = x weight^T + bias   x [tokens, k], weight [n, k], bias [n] -> [tokens, n]
 
-A few tokens are dense.py's, more are cuBLAS's, which accumulates in float32. Whether it may reduce partial sums in 16
-bits, or multiply float32 as TF32, are switches of the process (torch.backends.cuda.matmul); this file does not touch
-them.
+A few tokens are dense.py's, more are cuBLAS's if no tactic says otherwise. It accumulates in float32; whether it may
+reduce partial sums in 16 bits, or multiply float32 as TF32, are switches of the process (torch.backends.cuda.matmul),
+which this file does not touch.
 """
 
 # mypy: allow-untyped-defs

@@ -68,6 +68,6 @@ def candidates(shape: MatmulShape, tokens: int) -> list[Tactic]:
         found += [tiles(shape, tokens), *ring_tiles_candidates(shape, tokens)]
         found += [Tactic("tiles", _token_tile(tokens, 64), *numbers) for numbers in _TILES_OF_FEW]
     else:
-        found += [Tactic("tiles", *numbers) for numbers in _TILES_OF_MANY]
+        found += [tiles(shape, tokens), *(Tactic("tiles", *numbers) for numbers in _TILES_OF_MANY)]
         found += plain_tiles(shape, tokens, _WARPGROUP_TIMES)[:5]
     return list(dict.fromkeys(found))

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from .tactic import MatmulShape, Tactic
 
-# Products of fewer tokens have other ways.
+# Products of so many tokens and fewer have other ways.
 MOST_TOKENS_OF_OTHERS = 64
 # What a kernel takes beside its reading, and for each megabyte of a cold weight; for adding the sums of splits.
 _KERNEL_US, _WEIGHT_MEGABYTE_US, _SPLITS_US = 3.0, 1 / 2.62, 1.5
@@ -26,7 +26,7 @@ class TileTimes(NamedTuple):
 
 
 def split_tiles(shape: MatmulShape, tokens: int, block_columns: int, times: TileTimes) -> list[Tactic]:
-    """All tiles, in splits of whole blocks that run all at once, the fastest first."""
+    """All tiles, and splits of whole blocks as far as all programs run at once, the fastest first."""
     num_blocks = -(-shape.depth // block_columns)
     found = []
     for token_tile, row_tile in times.microseconds:
