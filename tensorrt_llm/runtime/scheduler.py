@@ -153,9 +153,11 @@ class Scheduler:
 
     def _admissible(self, places: int) -> list[Request]:
         """Who may run next: the first in the queue, as far as there are places and blocks. Nobody is overtaken."""
+        if not self.waiting or places <= 0:
+            return []  # most steps: what the running ones will ask for need not be summed
         growth = sum(self._reserve(running, len(running.blocks)) for running in self.running)
         free, found = self.allocator.num_free, list[Request]()
-        for request in islice(self.waiting, max(places, 0)):
+        for request in islice(self.waiting, places):
             needed = self._blocks_for(len(request.token_ids))
             free -= needed
             growth += self._reserve(request, needed)

@@ -283,6 +283,6 @@ def decode_one_head(
         SPLIT_TOKENS=cut.split_tokens, TILE_TOKENS=cut.tile_tokens, NUM_STAGES=cut.num_stages,
         IS_INT8=is_int8, IS_EARLY=is_early, OVERLAP=can_overlap, launch_pdl=is_early,
         num_warps=cut.num_warps,
-        # Of two warps each, eight programs share an SM. Float32 is for exactness, and would spill.
+        # Of two warps each, eight programs share an SM, of four warps four. Float32 is for exactness, and would spill.
         maxnreg=None if qkv.dtype == torch.float32 else 128,
     )  # fmt: skip

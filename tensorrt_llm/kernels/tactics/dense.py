@@ -34,7 +34,8 @@ def heuristic(shape: MatmulShape, tokens: int) -> Tactic:
         return LIBRARY
     if tokens > MOST_TOKENS_OF_OTHERS:
         is_ahead = shape.op == "gated_mlp" and tokens <= _MOST_TOKENS_GATED
-        return next(iter(plain_tiles(shape, tokens, _WARPGROUP_TIMES) if is_ahead else ()), LIBRARY)
+        on_warpgroups = plain_tiles(shape, tokens, _WARPGROUP_TIMES) if is_ahead else []
+        return on_warpgroups[0] if on_warpgroups else LIBRARY
     return ring_tiles(shape, tokens) or tiles(shape, tokens)
 
 
