@@ -3,7 +3,9 @@
 Knows nothing of requests, batches or the cache: the KV pools are inputs like the others.
 """
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from inspect import signature
 from typing import Any, NamedTuple
 
@@ -40,10 +42,10 @@ class Executor:
         float32: bool = False,
     ) -> None:
         self.plan = plan
+        self._in_splits = made_in_splits(plan, kernels)
         with read_ahead(weights, _order_of_use(plan), device) as read:
-            bound = bind_one_by_one(plan, read, kernels, device, float32=float32, may_split=True)
+            bound = bind_one_by_one(plan, read, kernels, device, float32=float32, in_splits=self._in_splits)
             self._calls = [call for _, call in bound]
-        self._in_splits = _made_in_splits(plan, kernels)
 
     def run(
         self, inputs: Mapping[str, torch.Tensor], step: StepShape, keep: Collection[str] = ()
@@ -60,14 +62,15 @@ class Executor:
             else:
                 values.update(zip(makes, made, strict=True))
             if keep:
-                kept |= {name: self._whole(name, values[name]) for name in makes if name in keep}
+                kept |= {name: self._whole(name, values[name], attrs) for name in makes if name in keep}
             for name in releases:
                 del values[name]
         return kept | {outside: values[name] for outside, name in self.plan.outputs.items()}
 
-    def _whole(self, name: str, value: torch.Tensor) -> torch.Tensor:
-        """A value as its node's `run` would have made it."""
-        return value.sum(0).to(self._in_splits[name]) if name in self._in_splits and value.ndim == 3 else value
+    def _whole(self, name: str, value: torch.Tensor, attrs: Mapping[str, Any]) -> torch.Tensor:
+        """A value as its kernel's `run` would have made it, with the attributes of its node."""
+        is_split = name in self._in_splits and value.ndim == 3
+        return value.sum(0).to(torch_dtype(attrs["dtype"])) if is_split else value
 
 
 def bind_one_by_one(
@@ -77,12 +80,12 @@ def bind_one_by_one(
     device: torch.device,
     *,
     float32: bool = False,
-    may_split: bool = False,
+    in_splits: Collection[str] = (),
 ) -> Iterator[tuple[PlanNode, Call]]:
     """Every node with its call, its weights loaded when it is reached and not held here afterwards.
 
-    `read` gives a weight, on any device; it is asked for each once, in the order of their first use. With `may_split` a
-    product is bound to its kernel's `run_in_splits` where its reader can add splits.
+    `read` gives a weight, on any device; it is asked for each once, in the order of their first use. A node that
+    makes one of `in_splits` is bound to its kernel's `run_in_splits`.
     """
     missing = sorted({node.op for node in plan.nodes} - set(kernels))
     if missing:
@@ -90,36 +93,26 @@ def bind_one_by_one(
     weight_names = {spec.name for spec in plan.weights}
     loaded = _LoadedWeights(plan, read, weight_names, device, float32)
     releases = _releases(plan, weight_names)
-    in_splits = _made_in_splits(plan, kernels) if may_split else {}
     for node, released in zip(plan.nodes, releases, strict=True):
         kernel = kernels[node.op]
-        run = kernel.run_in_splits if node.outputs[0].name in in_splits else kernel.run
-        assert run is not None
-        yield node, _bind_node(node, kernel, run, loaded, released, float32)
+        if any(spec.name in in_splits for spec in node.outputs):
+            assert kernel.run_in_splits
+            kernel = replace(kernel, run=kernel.run_in_splits)
+        yield node, _bind_node(node, kernel, loaded, released, float32)
 
 
-def _made_in_splits(plan: Plan, kernels: Mapping[str, Kernel]) -> dict[str, torch.dtype]:
-    """Values that no node reads but one that can add their splits, with the dtypes that they have otherwise."""
-    readers: dict[str, list[bool]] = {}  # of each value, whether they add splits where they read it
-    for node in plan.nodes:
-        for position, name in enumerate(node.inputs):
-            readers.setdefault(name, []).append(kernels[node.op].adds_splits and position == 1)
-    made = [node.outputs[0] for node in plan.nodes if kernels[node.op].run_in_splits]
-    outputs = set(plan.outputs.values())
-    return {
-        spec.name: torch_dtype(spec.dtype)
-        for spec in made
-        if readers.get(spec.name) == [True] and spec.name not in outputs
-    }
+def made_in_splits(plan: Plan, kernels: Mapping[str, Kernel]) -> set[str]:
+    """Values that a kernel may leave in splits: they are read once, by a kernel that adds them."""
+    num_reads = Counter([*(name for node in plan.nodes for name in node.inputs), *plan.outputs.values()])
+    producers = {op for op, kernel in kernels.items() if kernel.run_in_splits}
+    adders = {op for op, kernel in kernels.items() if kernel.adds_splits}
+    added = {name for node in plan.nodes if node.op in adders for name in node.inputs[1:2]}
+    made = {spec.name for node in plan.nodes if node.op in producers for spec in node.outputs}
+    return {name for name in made & added if num_reads[name] == 1}
 
 
 def _bind_node(
-    node: PlanNode,
-    kernel: Kernel,
-    run: Callable[..., Any],
-    loaded: "_LoadedWeights",
-    releases: tuple[str, ...],
-    float32: bool,
+    node: PlanNode, kernel: Kernel, loaded: "_LoadedWeights", releases: tuple[str, ...], float32: bool
 ) -> Call:
     reads = tuple(name for name in node.inputs if name not in loaded.names)
     _check_call(node, reads)
@@ -136,7 +129,7 @@ def _bind_node(
         except (RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"plan: weights do not fit in {node}: {error}") from error
     makes = tuple(spec.name for spec in node.outputs)
-    return Call(run, reads, operands, makes, attrs, kernel.needs_step, releases)
+    return Call(kernel.run, reads, operands, makes, attrs, kernel.needs_step, releases)
 
 
 def _check_call(node: PlanNode, reads: tuple[str, ...]) -> None:

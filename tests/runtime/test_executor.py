@@ -7,12 +7,15 @@ import pytest
 import torch
 from models_for_tests import make_config, make_engine
 
-from tensorrt_llm import Engine
+from tensorrt_llm.dtype import torch_dtype
 from tensorrt_llm.kernels import Kernel, StepShape, reference, reference_kernels
+from tensorrt_llm.plan import Plan, PlanNode, TensorSpec
 from tensorrt_llm.runtime import GenerationSession, SamplingConfig, Session, session
 from tensorrt_llm.runtime.executor import Executor
 
 CPU = torch.device("cpu")
+NO_STEP = StepShape(3, 1, 1, 3, 3, 3)  # no op of these plans looks at it
+HIDDEN = 4
 Calls = list[str]
 
 
@@ -43,12 +46,8 @@ def counted(calls: Calls, name: str, run: Callable[..., Any]) -> Callable[..., A
     return counting
 
 
-@pytest.fixture
-def engine() -> Engine:
-    return make_engine(make_config(num_hidden_layers=2))
-
-
-def test_products_in_front_of_norms_are_left_in_splits(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_in_front_of_norms_are_left_in_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine(make_config(num_hidden_layers=2))
     prompts, sampling = [[5, 6, 7], [8, 9]], SamplingConfig(max_new_tokens=4, end_id=None)
     wanted = GenerationSession(Session(engine, "cpu")).decode_batch(prompts, sampling)
     calls: Calls = []
@@ -61,31 +60,89 @@ def test_products_in_front_of_norms_are_left_in_splits(engine: Engine, monkeypat
     assert calls.count("matmul in splits") == calls.count("add_rms_norm of 3 dims") == 4 * steps
 
 
-def test_kept_values_are_whole(engine: Engine) -> None:
-    calls: Calls = []
-    plain = Executor(engine.plan, engine.weights, reference_kernels(), CPU)
-    splitting = Executor(engine.plan, engine.weights, splitting_kernels(calls), CPU)
-    name = engine.plan.marks["layers.0.attention"]
-    inputs = inputs_of_three_tokens(engine)
-    wanted = plain.run(inputs, StepShape(3, 1, 1, 3, 3, 3), keep=[name])[name]
-    found = splitting.run(inputs, StepShape(3, 1, 1, 3, 3, 3), keep=[name])[name]
-    assert "matmul in splits" in calls and found.shape == wanted.shape and found.dtype == wanted.dtype
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+# Plans of a few nodes. Their inputs are x and residual, their weights W and w.
 
 
-def inputs_of_three_tokens(engine: Engine) -> dict[str, torch.Tensor]:
-    def ints(*values: int) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int32)
+def spec(name: str, dtype: str = "float32") -> TensorSpec:
+    return TensorSpec(name, dtype, ("num_tokens", HIDDEN))
 
-    pools = {
-        name: pool
-        for layer in range(engine.config.num_layers)
-        for name, pool in (
-            (f"past_key_value_{layer}", session.new_pool(engine.config, 3, "float32", CPU)["past_key_value"]),
-        )
-    }
-    return pools | {
-        "input_ids": ints(3, 4, 5), "position_ids": ints(0, 1, 2), "query_starts": ints(0, 3),
-        "sequence_length": ints(3), "context_lengths": ints(3), "block_tables": ints(1, 2)[None],
-        "last_token_ids": ints(2),
+
+def product(dtype: str = "float32") -> PlanNode:
+    return PlanNode("matmul", ("x", "W"), (spec("y", dtype),), {"dtype": dtype})
+
+
+def norm(x: str, y: str, made: str = "normed") -> PlanNode:
+    return PlanNode("add_rms_norm", (x, y, "w"), (spec(f"{made} sum"), spec(made)), {"eps": 1e-6, "dtype": "float32"})
+
+
+def other(op: str, *inputs: str, made: str = "other") -> PlanNode:
+    return PlanNode(op, inputs, (spec(made),), {})
+
+
+def plan_of(*nodes: PlanNode, outputs: tuple[str, ...] = (), dtype: str = "float32") -> Plan:
+    """Without `outputs`, what the last node makes last is the only one."""
+    names = outputs or (nodes[-1].outputs[-1].name,)
+    weights = TensorSpec("W", dtype, (HIDDEN, HIDDEN)), TensorSpec("w", "float32", (HIDDEN,))
+    return Plan((spec("x", dtype), spec("residual")), weights, nodes, {name: name for name in names}, {})
+
+
+def run(plan: Plan, kernels: dict[str, Kernel], *keep: str, **options: Any) -> dict[str, torch.Tensor]:
+    """Outputs and kept values, for inputs and weights that are the same each time."""
+    generator = torch.Generator().manual_seed(0)
+    given = {
+        each.name: torch.randn(
+            [3 if isinstance(dim, str) else dim for dim in each.shape], generator=generator
+        ).to(torch_dtype(each.dtype))
+        for each in (*plan.inputs, *plan.weights)
     }  # fmt: skip
+    return Executor(plan, given, kernels, CPU, **options).run(given, NO_STEP, keep)
+
+
+ONLY_READER = norm("residual", "y")
+WHOLE = {
+    "its reader takes it for the residual": plan_of(product(), norm("y", "residual")),
+    "its reader takes it for both": plan_of(product(), norm("y", "y")),
+    "its reader adds no splits": plan_of(product(), other("add", "residual", "y")),
+    "another node reads it": plan_of(product(), ONLY_READER, other("add", "normed", "y")),
+    "another node reads it first": plan_of(product(), other("silu", "y"), norm("other", "y")),
+    "two norms read it": plan_of(product(), ONLY_READER, norm("normed", "y", "again")),
+    "it is an output": plan_of(product(), ONLY_READER, outputs=("normed", "y")),
+    "nothing reads it": plan_of(product(), norm("residual", "x")),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_product_is_left_in_splits_to_the_norm_that_alone_reads_it(dtype: str) -> None:
+    plan, calls = plan_of(product(dtype), ONLY_READER, outputs=("normed", "normed sum"), dtype=dtype), Calls()
+    wanted, found = run(plan, reference_kernels()), run(plan, splitting_kernels(calls))
+    assert calls == ["matmul in splits", "add_rms_norm of 3 dims"]
+    for name, value in wanted.items():
+        # Whole products are rounded to float16, sums of splits are not.
+        torch.testing.assert_close(found[name], value, rtol=0, atol=4 * torch.finfo(torch_dtype(dtype)).eps)
+
+
+@pytest.mark.parametrize("why", WHOLE)
+def test_a_product_is_whole_where(why: str) -> None:
+    calls: Calls = []
+    wanted, found = run(WHOLE[why], reference_kernels()), run(WHOLE[why], splitting_kernels(calls))
+    assert "matmul" in calls and "matmul in splits" not in calls
+    assert wanted.keys() == found.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_what_is_made_otherwise_is_never_split() -> None:
+    plan, calls = plan_of(other("silu", "x"), norm("residual", "other")), Calls()
+    assert torch.equal(run(plan, splitting_kernels(calls))["normed"], run(plan, reference_kernels())["normed"])
+    assert calls == ["add_rms_norm of 2 dims"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "float32", "kept"),
+    [("float32", False, torch.float32), ("float16", False, torch.float16), ("float16", True, torch.float32)],
+)
+def test_kept_values_are_whole(dtype: str, float32: bool, kept: torch.dtype) -> None:
+    plan, calls = plan_of(product(dtype), ONLY_READER, dtype=dtype), Calls()
+    wanted = run(plan, reference_kernels(), "y", "normed sum", float32=float32)
+    found = run(plan, splitting_kernels(calls), "y", "normed sum", float32=float32)
+    assert "matmul in splits" in calls and found["y"].dtype == wanted["y"].dtype == kept
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=4 * torch.finfo(torch_dtype(dtype)).eps)
