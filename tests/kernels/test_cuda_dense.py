@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 import torch
+from engines_of_modes import engine_of_mode
 
 pytest.importorskip("triton", reason="the CUDA kernels need triton")
 
@@ -19,6 +20,8 @@ from tensorrt_llm.kernels.cuda import (
     rms_norm,
 )
 from tensorrt_llm.kernels.cuda.gated_mlp import prepare_gated_mlp, silu_mul
+from tensorrt_llm.quantization import QuantMode
+from tensorrt_llm.runtime.executor import made_in_splits
 
 DTYPES = ("float32", "float16", "bfloat16")
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
@@ -164,3 +167,29 @@ def test_a_launcher_has_the_signature_of_its_reference(op: str) -> None:
         assert [name for name, p in launcher.items() if p.kind is p.KEYWORD_ONLY] == keywords
     if kernel.run_in_splits:
         assert inspect.signature(kernel.run_in_splits) == inspect.signature(kernel.run)
+
+
+def test_products_of_floats_leave_splits_and_the_norm_behind_them_adds_them() -> None:
+    kernels = cuda_kernels()
+    assert {op for op in kernels if kernels[op].run_in_splits} == {"matmul", "weight_only_quant_matmul"}
+    assert {op for op in kernels if kernels[op].adds_splits} == {"add_rms_norm"}
+
+
+@pytest.mark.parametrize(
+    ("mode", "may_be_split"),
+    [
+        (QuantMode(0), True),
+        (QuantMode.use_weight_only(), True),
+        (QuantMode.use_weight_only(use_int4_weights=True, per_group=True), True),
+        (QuantMode.use_smooth_quant(per_token=True, per_channel=True), False),
+        (QuantMode.use_smooth_quant(), False),
+    ],
+)
+def test_what_norms_add_may_come_in_splits_unless_it_is_int8_or_batch_invariant(
+    mode: QuantMode, may_be_split: bool
+) -> None:
+    plan = engine_of_mode(mode, dtype="float16", group_size=32).plan
+    added = {node.inputs[1] for node in plan.nodes if node.op.startswith("add_rms_norm")}
+    assert len(added) == 4, "two for each layer"
+    assert made_in_splits(plan, cuda_kernels()) == (added if may_be_split else set())
+    assert made_in_splits(plan, cuda_kernels(batch_invariant=True)) == set()

@@ -75,7 +75,7 @@ def cuda_kernels(*, batch_invariant: bool = False, tactics: Tactics | None = Non
         "quantize_per_token": Kernel(quantize_per_token, prepare=prepare_quantize_per_token),
         "quantize_tensor": Kernel(quantize_tensor, prepare=prepare_last_smoother),
         "rms_norm_quantize": Kernel(rms_norm_quantize, prepare=prepare_last_smoother),
-        "add_rms_norm_quantize": Kernel(add_rms_norm_quantize, prepare=prepare_last_smoother, adds_splits=True),
+        "add_rms_norm_quantize": Kernel(add_rms_norm_quantize, prepare=prepare_last_smoother),
         "smooth_quant_gemm": Kernel(partial(smooth_quant_gemm_by, by)),
         "smooth_quant_gated_mlp": Kernel(
             partial(smooth_quant_gated_mlp_by, by), prepare=prepare_smooth_quant_gated_mlp
