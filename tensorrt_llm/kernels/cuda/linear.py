@@ -28,27 +28,30 @@ from .splits import arrivals_of
 logger = logging.getLogger(__name__)
 
 
-def matmul_by(
-    tactics: Tactics, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, dtype: str
+def _matmul_by(
+    leaves_splits: bool,
+    tactics: Tactics,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    dtype: str,
 ) -> torch.Tensor:
-    """x weight^T + bias in `dtype`; float32 results of 16-bit inputs come straight from the float32 accumulator."""
+    """x weight^T + bias in `dtype`; float32 results of 16-bit inputs come straight from the float32 accumulator.
+
+    With `leaves_splits` float32 sums of each split [splits, T, n], where programs share the depth and there is no bias.
+    """
     tactic = dense.choose(tactics, "matmul", x, weight)
     if tactic.way == "library":
         return library_matmul(x, weight, bias, dtype=dtype)
+    if leaves_splits and bias is None and tactic.way == "wgmma" and wgmma_plain.splits_of(x, tactic) > 1:
+        return wgmma_plain.sums_of_splits(x, weight, tactic)
     return dense.multiply(x, weight, bias, dtype, tactic, is_gated=False, arrivals=arrivals_of(tactics))
 
 
+matmul_by = partial(_matmul_by, False)
+matmul_in_splits_by = partial(_matmul_by, True)
 matmul = partial(matmul_by, Tactics())
-
-
-def matmul_in_splits_by(
-    tactics: Tactics, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, dtype: str
-) -> torch.Tensor:
-    """The same, or, where programs share the depth and there is no bias, float32 sums of each split [splits, T, n]."""
-    tactic = dense.choose(tactics, "matmul", x, weight)
-    if bias is None and tactic.way == "wgmma" and wgmma_plain.num_splits(x, tactic) > 1:
-        return wgmma_plain.sums_of_splits(x, weight, tactic)
-    return matmul_by(tactics, x, weight, bias, dtype=dtype)
 
 
 def library_matmul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, dtype: str) -> torch.Tensor:

@@ -318,7 +318,8 @@ def _pack(weight: torch.Tensor, num_groups: int, bits: int) -> torch.Tensor:
     return octets.transpose(2, 3).contiguous().view(torch.int16).view(rows, -1)
 
 
-def weight_only_quant_matmul_by(
+def _weight_only_quant_matmul_by(
+    leaves_splits: bool,
     tactics: Tactics,
     x: torch.Tensor,
     words: torch.Tensor,
@@ -330,30 +331,15 @@ def weight_only_quant_matmul_by(
     has_zero: bool,
     dtype: str,
 ) -> torch.Tensor:
-    """x [T, k] times the weight of `prepare_weight_only_quant_matmul`, plus bias, in `dtype`."""
+    """x [T, k] times the weight of `prepare_weight_only_quant_matmul`, plus bias, in `dtype`.
+
+    With `leaves_splits` float32 sums of each split [splits, T, n], where programs share the depth and there is no bias.
+    """
     weight = _Weight(words, scale, zero, bits, x.shape[1])
     tactic = _choose(tactics, "weight_only_quant_matmul", x, weight)
-    return _multiply(x, weight, bias, dtype, tactic, is_gated=False, arrivals=arrivals_of(tactics))
-
-
-def weight_only_quant_matmul_in_splits_by(
-    tactics: Tactics,
-    x: torch.Tensor,
-    words: torch.Tensor,
-    scale: torch.Tensor,
-    zero: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    *,
-    bits: int,
-    has_zero: bool,
-    dtype: str,
-) -> torch.Tensor:
-    """The same, or, where programs share the depth and there is no bias, float32 sums of each split [splits, T, n]."""
-    weight = _Weight(words, scale, zero, bits, x.shape[1])
-    tactic = _choose(tactics, "weight_only_quant_matmul", x, weight)
-    if bias is None and len(x) and _num_splits(weight, tactic) > 1:
-        return _sums_of_splits(x, weight, tactic)
-    return _multiply(x, weight, bias, dtype, tactic, is_gated=False, arrivals=arrivals_of(tactics))
+    return _multiply(
+        x, weight, bias, dtype, tactic, is_gated=False, leaves_splits=leaves_splits, arrivals=arrivals_of(tactics)
+    )
 
 
 def weight_only_gated_mlp_by(
@@ -373,6 +359,8 @@ def weight_only_gated_mlp_by(
     return _multiply(x, weight, None, dtype, tactic, is_gated=True, arrivals=arrivals_of(tactics))
 
 
+weight_only_quant_matmul_by = partial(_weight_only_quant_matmul_by, False)
+weight_only_quant_matmul_in_splits_by = partial(_weight_only_quant_matmul_by, True)
 weight_only_quant_matmul = partial(weight_only_quant_matmul_by, Tactics())
 weight_only_gated_mlp = partial(weight_only_gated_mlp_by, Tactics())
 
@@ -477,6 +465,7 @@ def _multiply(
     tactic: Tactic,
     *,
     is_gated: bool,
+    leaves_splits: bool = False,
     arrivals: Arrivals | None = None,
 ) -> torch.Tensor:
     assert x.is_contiguous() and weight.words.is_contiguous(), "weight-only matmul: rows must be contiguous"
@@ -493,29 +482,34 @@ def _multiply(
             tactic=tactic, arrivals=arrivals,
         )  # fmt: skip
         return out
-    out = _empty_output(x.shape[0], weight, dtype, is_gated, x.device)
-    if not len(x):
-        return out
-    if _num_splits(weight, tactic) > 1:
-        add_splits(_sums_of_splits(x, weight, tactic), bias, out, is_gated=is_gated)
-    else:
+    return _multiply_many(x, weight, bias, dtype, tactic, is_gated, leaves_splits)
+
+
+def _multiply_many(
+    x: torch.Tensor,
+    weight: _Weight,
+    bias: torch.Tensor | None,
+    dtype: str,
+    tactic: Tactic,
+    is_gated: bool,
+    leaves_splits: bool,
+) -> torch.Tensor:
+    """On warpgroups or in tiles."""
+    tokens, num_blocks = len(x), weight.num_blocks
+    if tokens == 0:
+        return _empty_output(0, weight, dtype, is_gated, x.device)
+    num_splits = triton.cdiv(num_blocks, triton.cdiv(num_blocks, tactic.num_splits))  # none is empty
+    if num_splits == 1:
+        out = _empty_output(tokens, weight, dtype, is_gated, x.device)
         _launch_many(x, weight, bias, out, is_gated, tactic, 1)
-    return out
-
-
-def _num_splits(weight: _Weight, tactic: Tactic) -> int:
-    """Programs that share the depth and leave sums for another kernel, none without a block."""
-    if tactic.way not in ("wgmma", "tiles"):
-        return 1
-    return triton.cdiv(weight.num_blocks, triton.cdiv(weight.num_blocks, tactic.num_splits))
-
-
-def _sums_of_splits(x: torch.Tensor, weight: _Weight, tactic: Tactic) -> torch.Tensor:
-    """float32 [splits, T, n]."""
-    num_splits = _num_splits(weight, tactic)
-    sums = torch.empty((num_splits, x.shape[0], weight.num_rows), dtype=torch.float32, device=x.device)
+        return out
+    sums = torch.empty((num_splits, tokens, weight.num_rows), dtype=torch.float32, device=x.device)
     _launch_many(x, weight, None, sums, False, tactic, num_splits)
-    return sums
+    if leaves_splits and bias is None:
+        return sums
+    out = _empty_output(tokens, weight, dtype, is_gated, x.device)
+    add_splits(sums, bias, out, is_gated=is_gated)
+    return out
 
 
 def _empty_output(tokens: int, weight: _Weight, dtype: str, is_gated: bool, device: torch.device) -> torch.Tensor:

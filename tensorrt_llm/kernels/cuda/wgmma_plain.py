@@ -12,7 +12,8 @@ consumers, multiply. A stage of the ring is 128 bytes of each row and of each to
 Both operands of a product are read where they lie. A consumer lets go of a stage when the product of the next one is
 under way.
 
-The depth of a tile may be divided among programs, whose sums, float32 or int32, wait for `epilogue.add_splits`.
+The depth of a tile may be divided among programs, whose sums, float32 or int32, `epilogue.add_splits` adds up. Those of
+floats may also be left to the norm behind the product (norm.py).
 
 Written in Gluon, which Triton's interpreter does not have, for compute capability 9.0, the only one with these
 instructions.
@@ -232,8 +233,8 @@ def multiply(
     Scales are for int8, x's in float32 [T, 1] or [1], the weight's [n]. Operands are such that `takes` says so. Tiles
     are of 128 or 256 tokens by 128 or 192 rows.
     """
-    if num_splits(x, tactic) == 1:
-        _launch(x, x_scale, weight, weight_scale, bias, out, is_gated, tactic)
+    if splits_of(x, tactic) == 1:
+        _launch(x, x_scale, weight, weight_scale, bias, out, is_gated, tactic, 1)
     else:
         sums = sums_of_splits(x, weight, tactic)
         add_splits(sums, bias, out, is_gated=is_gated, x_scale=x_scale, weight_scale=weight_scale)
@@ -242,18 +243,19 @@ def multiply(
 def sums_of_splits(x: torch.Tensor, weight: torch.Tensor, tactic: Tactic) -> torch.Tensor:
     """x [T, k] times the transpose of weight [n, k], [splits, T, n]: float32, or int32 of int8."""
     sum_dtype = torch.int32 if x.dtype == torch.int8 else torch.float32
-    sums = torch.empty((num_splits(x, tactic), x.shape[0], weight.shape[0]), dtype=sum_dtype, device=x.device)
-    _launch(x, None, weight, None, None, sums, False, tactic)
+    num_splits = splits_of(x, tactic)
+    sums = torch.empty((num_splits, x.shape[0], weight.shape[0]), dtype=sum_dtype, device=x.device)
+    _launch(x, None, weight, None, None, sums, False, tactic, num_splits)
     return sums
 
 
-def num_splits(x: torch.Tensor, tactic: Tactic) -> int:
+def splits_of(x: torch.Tensor, tactic: Tactic) -> int:
     """Programs that share the depth of a tile, none of them without a block."""
-    num_blocks = _num_blocks(x)
+    num_blocks = _blocks_of(x)
     return triton.cdiv(num_blocks, triton.cdiv(num_blocks, tactic.num_splits))
 
 
-def _num_blocks(x: torch.Tensor) -> int:
+def _blocks_of(x: torch.Tensor) -> int:
     """Stages of a whole row."""
     return triton.cdiv(x.shape[1] * x.element_size(), STAGE_BYTES.value)
 
@@ -267,17 +269,18 @@ def _launch(
     out: torch.Tensor,
     is_gated: bool,
     tactic: Tactic,
+    num_splits: int,
 ) -> None:
     """Fill out, or, of more than one split, their sums."""
-    num_blocks, splits = _num_blocks(x), num_splits(x, tactic)
+    num_blocks = _blocks_of(x)
     tokens, num_rows, token_tile, row_tile = x.shape[0], weight.shape[0], tactic.token_tile, tactic.row_tile
     columns, consumers = STAGE_BYTES.value // x.element_size(), row_tile // ROWS.value
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * x.element_size(), rank=2)
     # Token tiles come first in the grid, so programs that run together share rows of the weight.
-    _wgmma_plain[(triton.cdiv(tokens, token_tile), triton.cdiv(num_rows, row_tile), splits)](
+    _wgmma_plain[(triton.cdiv(tokens, token_tile), triton.cdiv(num_rows, row_tile), num_splits)](
         TensorDescriptor.from_tensor(x, [token_tile, columns], layout),
         TensorDescriptor.from_tensor(weight, [ROWS.value, columns], layout),
-        x_scale, weight_scale, bias, out, tokens, num_rows, num_blocks, triton.cdiv(num_blocks, splits),
+        x_scale, weight_scale, bias, out, tokens, num_rows, num_blocks, triton.cdiv(num_blocks, num_splits),
         stride_of(x_scale), HAS_SCALES=x_scale is not None, HAS_BIAS=bias is not None, IS_GATED=is_gated,
         CONSUMERS=consumers, TOKEN_TILE=token_tile,
         STAGES=(SHARED_BYTES - 1024) // ((token_tile + row_tile) * STAGE_BYTES.value), num_warps=4,

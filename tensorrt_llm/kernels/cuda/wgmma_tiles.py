@@ -17,7 +17,8 @@ group beside the others would leave registers for half of the tokens.
 
 Which tile is best is a matter of how many programs there are for each SM, which holds one: kernels/tactics.
 
-The depth of a tile may be divided among programs, whose float32 sums wait for `epilogue.add_splits`.
+The depth of a tile may be divided among programs, whose float32 sums are left to `epilogue.add_splits` or to the norm
+behind the product (norm.py).
 
 Written in Gluon, which Triton's interpreter does not have, for compute capability 9.0, the only one with these
 instructions.
