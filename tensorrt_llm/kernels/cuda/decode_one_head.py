@@ -102,7 +102,7 @@ def _decode_one_head(
     `arrivals` has a zero for each sequence and head, and has it again when all programs are done.
     """
     start_next(OVERLAP)
-    IS_ONE_TILE: tl.constexpr = SPLIT_TOKENS == TILE_TOKENS
+    NUM_HELD: tl.constexpr = SPLIT_TOKENS // TILE_TOKENS if NUM_STAGES == 0 else 0  # tiles
     head, index, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     sequence, token = first_sequence + index, (first_token + index).to(tl.int64)
     start = split * SPLIT_TOKENS
@@ -118,10 +118,12 @@ def _decode_one_head(
     if not IS_EARLY:
         q, q_partner, key, key_partner, value = _load_new(row_ptr, dims, dim_mask, partner, NUM_HEADS, HEAD_SIZE)
     table_ptr = block_tables_ptr + sequence.to(tl.int64) * table_stride
-    if IS_ONE_TILE:
-        positions = start + tl.arange(0, TILE_TOKENS)
+    places = ()
+    for tile in tl.static_range(NUM_HELD):
+        positions = start + tile * TILE_TOKENS + tl.arange(0, TILE_TOKENS)
         is_in_table = positions < table_stride * TOKENS_PER_BLOCK
         offsets = token_offsets(table_ptr, positions, is_in_table, block_stride, token_stride, TOKENS_PER_BLOCK)
+        places += ((positions, offsets),)
     # The first split of every sequence goes on to the wait: a kernel of which no program waits would be over before the
     # one in front of it, and the next would wait for nothing.
     if start >= length:
@@ -130,11 +132,13 @@ def _decode_one_head(
     keys_ptr = pool_ptr + head.to(tl.int64) * head_stride
     if IS_INT8:
         scales_ptr += head.to(tl.int64) * (head_stride // HEAD_SIZE)
-    if IS_ONE_TILE:
-        cached = positions < stop
-        keys, values, key_scale, value_scale = _load_tile(
-            keys_ptr, scales_ptr, offsets, cached, value_stride, HEAD_SIZE, DIM_TILE, IS_INT8
+    held = ()
+    for tile in tl.static_range(NUM_HELD):
+        positions, offsets = places[tile]
+        loaded = _load_tile(
+            keys_ptr, scales_ptr, offsets, positions < stop, value_stride, HEAD_SIZE, DIM_TILE, IS_INT8
         )  # fmt: skip
+        held += ((positions < stop, loaded),)
     slot = token_offsets(table_ptr, position, position >= 0, block_stride, token_stride, TOKENS_PER_BLOCK)
 
     cosine, sine = rotation(position, context_lengths_ptr, sequence, turns_ptr, dims, ROTARY_DIM, NTK_LENGTH)
@@ -147,9 +151,11 @@ def _decode_one_head(
     top = tl.full([TILE_TOKENS], LOWEST, tl.float32)
     total = tl.zeros([TILE_TOKENS], tl.float32)
     result = tl.zeros([TILE_TOKENS, DIM_TILE], tl.float32)
-    if IS_ONE_TILE:
+    for tile in tl.static_range(NUM_HELD):
+        cached, loaded = held[tile]
+        keys, values, key_scale, value_scale = loaded
         top, total, result = _attend(q, top, total, result, cached, keys, values, key_scale, value_scale, IS_INT8)
-    else:
+    if NUM_STAGES > 0:
         for first in tl.range(start, stop, TILE_TOKENS, num_stages=NUM_STAGES):
             positions = first + tl.arange(0, TILE_TOKENS)
             cached = positions < stop
@@ -202,7 +208,7 @@ class _Cut(NamedTuple):
 
     split_tokens: int
     tile_tokens: int
-    num_stages: int
+    num_stages: int  # of the ring through which tiles come; 0: a program holds its split, all of it is loaded at once
     num_warps: int
     is_early: bool = False  # overlap.py has what that means
 
@@ -220,12 +226,16 @@ _MANY_SHORT = _Cut(512, 16, 3, 2)
 # Fewer programs than keep an SM busy: eight sequences of 192 tokens take 13.8 us, in splits of 64 16.0; of 620 36.7 and
 # 38.9.
 _SOME = _Cut(256, 16, 3, 2)
-# One sequence or a few: what counts is the time of one program, so a split is one tile. Of a 7B model's layer the first
-# saves 1.3 us for a sequence of 170 tokens, beside the second, and costs 3.5 for one of 1070: many splits take long to
-# be weighed. Alone, tiles of 32 take 4.4 us for 192 tokens, these 4.9; in the model they cost up to 1.7 % of a step.
-_FEW_SHORT = _Cut(16, 16, 1, 2, is_early=True)
-_FEW_LONG = _Cut(64, 64, 1, 4, is_early=True)
-_FEW_LONG_INT8 = _Cut(64, 64, 1, 4)  # its scales leave too few registers for what is held until the wait
+# One sequence or a few: what counts is the time of one program, so a split is what it can hold. Of a 7B model's layer the
+# first saves 1.3 us for a sequence of 170 tokens, beside a tile of 64, and costs 3.5 for one of 1070: many splits take
+# long to be weighed. Alone, tiles of 32 take 4.4 us for 192 tokens, these 4.9; in the model they cost up to 1.7 % of a
+# step (H100).
+_FEW_SHORT = _Cut(16, 16, 0, 2, is_early=True)
+# Of 1090 tokens 736 programs, which run at once, eight on an SM. A step of a 7B model in INT8 takes 2467 us for one such
+# sequence, 2522 in splits of 64 by four warps, four on an SM; 3204 and 3374 for four (H200). Held in one tile of 64, or
+# in four of 16, is the same; splits of 80 or 96 by four warps take 2491 and 2472, of 32 by two 2534.
+_FEW_LONG = _Cut(48, 16, 0, 2, is_early=True)
+_FEW_LONG_INT8 = _Cut(64, 64, 0, 4)  # its scales leave too few registers for what is held until the wait
 _SHORT_TOKENS = 512
 # Pairs of a sequence and a head from which on a cut is best, for 132 SMs.
 THRONG_VECTORS, MANY_VECTORS, SOME_VECTORS = 4096, 512, 192
