@@ -7,7 +7,7 @@ from .fuse_add_rms_norm import fuse_add_rms_norm
 from .fuse_embedding_cast import fuse_embedding_cast
 from .fuse_gated_mlp import fuse_gated_mlp
 from .fuse_norm_quantize import fuse_norm_quantize
-from .gather_after_norm import gather_after_norm
+from .gather_early import gather_early
 from .simplify import simplify
 
 logger = logging.getLogger(__name__)
@@ -16,7 +16,7 @@ PASSES = (
     simplify,  # dead and repeated nodes go, so that each value has one name
     fuse_gated_mlp,  # silu(x A) * (x B) -> one op that reads x once and rounds once
     fuse_embedding_cast,  # embedding, then a cast -> one op that writes once
-    gather_after_norm,  # the last norm comes to its sum, which the gather stood between
+    gather_early,  # behind the last attention, rows whose logits are wanted are computed alone
     fuse_add_rms_norm,  # residual add, then norm -> one op that reads the residual once
     fuse_norm_quantize,  # norm, then quantization per token -> one op that rounds once
     simplify,  # what the fusions left without a reader

@@ -39,7 +39,7 @@ def measure_loss(
     """
     assert texts and all(len(text) >= 2 for text in texts), "a text is read and has a next token"
     expected = walk(unquantized, texts, device, logits_of=len(texts))
-    found = walk(quantized, [*texts, *texts], device, logits_of=len(texts))
+    found = walk(quantized, [*texts, *texts], device, logits_of=2 * len(texts))
     num_tokens = sum(len(text) for text in texts)
     errors = []
     for mark, name in quantized.plan.marks.items():
@@ -92,7 +92,7 @@ def _compare_logits(expected: Visit, found: Visit, texts: Sequence[Sequence[int]
     targets = torch.tensor([token for text in texts for token in [*text[1:], -1]], device=device)
     rows_at_once = max(1, _LOGITS_AT_ONCE // vocab_size)
     for first in range(0, len(targets), rows_at_once):
-        rows = slice(first, first + rows_at_once)
+        rows = slice(first, min(first + rows_at_once, len(targets)))  # behind them come the second copy's
         has_next = targets[rows] >= 0
         log_p, log_q = (
             visit.run(*(operand[rows] for operand in visit.reads))[0][has_next, :vocab_size].double().log_softmax(-1)

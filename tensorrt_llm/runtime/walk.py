@@ -46,7 +46,7 @@ class Visit:
 def walk(engine: Engine, texts: Sequence[Sequence[int]], device: torch.device, logits_of: int = 0) -> Iterator[Visit]:
     """Visit every node of the engine's plan, in order, with all tokens of `texts`, packed; texts are token ids.
 
-    The last nodes see the tokens of the first `logits_of` texts only.
+    What comes behind the gather sees the tokens of the first `logits_of` texts only.
     """
     with engine.checking_weights():
         prepare_device(device)

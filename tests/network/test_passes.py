@@ -24,7 +24,7 @@ from tensorrt_llm.passes.fuse_add_rms_norm import fuse_add_rms_norm
 from tensorrt_llm.passes.fuse_embedding_cast import fuse_embedding_cast
 from tensorrt_llm.passes.fuse_gated_mlp import fuse_gated_mlp
 from tensorrt_llm.passes.fuse_norm_quantize import fuse_norm_quantize
-from tensorrt_llm.passes.gather_after_norm import gather_after_norm
+from tensorrt_llm.passes.gather_early import gather_early
 from tensorrt_llm.passes.simplify import simplify
 from tensorrt_llm.quantization.functional import quantize_per_token
 from tensorrt_llm.runtime.executor import Executor
@@ -110,16 +110,20 @@ def test_a_layer_is_described_op_by_op() -> None:
 
 def test_an_optimized_layer_has_fused_nodes() -> None:
     assert lines(describe_config(make_config(), optimized=True)) == [
-        *HEAD,
-        "layers.0.add_rms_norm/1, layers.0.add_rms_norm/2 = add_rms_norm(vocab_embedding.embedding/1, "
+        *HEAD[:-1],
+        "layers.0.attention.dense.gather_last_token/1 = gather_last_token(layers.0.attention.gpt_attention/1, "
+        "last_token_ids)",
+        "layers.0.attention.dense.matmul/1 = matmul(layers.0.attention.dense.gather_last_token/1, "
+        "layers.0.attention.dense.weight)",
+        "layers.0.gather_last_token/1 = gather_last_token(vocab_embedding.embedding/1, last_token_ids)",
+        "layers.0.add_rms_norm/1, layers.0.add_rms_norm/2 = add_rms_norm(layers.0.gather_last_token/1, "
         "layers.0.attention.dense.matmul/1, layers.0.ln_2.weight)",
         "layers.0.mlp.gated_mlp/1 = gated_mlp(layers.0.add_rms_norm/2, layers.0.mlp.fc.weight, "
         "layers.0.mlp.gate.weight)",
         "layers.0.mlp.proj.matmul/1 = matmul(layers.0.mlp.gated_mlp/1, layers.0.mlp.proj.weight)",
         "layers.0.add_rms_norm/3, layers.0.add_rms_norm/4 = add_rms_norm(layers.0.add_rms_norm/1, "
         "layers.0.mlp.proj.matmul/1, ln_f.weight)",
-        "ln_f.gather_last_token/1 = gather_last_token(layers.0.add_rms_norm/4, last_token_ids)",
-        "lm_head.matmul/1 = matmul(ln_f.gather_last_token/1, lm_head.weight)",
+        "lm_head.matmul/1 = matmul(layers.0.add_rms_norm/4, lm_head.weight)",
         "output logits = lm_head.matmul/1",
     ]
 
@@ -193,35 +197,108 @@ def test_an_embedding_with_another_reader_stays_as_it_is(network: Network) -> No
     assert fuse_embedding_cast(network) == 0
 
 
-# gather_after_norm
+# gather_early
 
 
-def describe_end(network: Network, *, visible: bool = False) -> None:
-    """rms_norm of some rows of a sum."""
+def describe_end(network: Network) -> dict[str, Tensor]:
+    """Some rows of x + norm(x) W, for x the sum of two inputs; and its parts, inside net_guard."""
+    left, right = (Tensor(name, "float32", ["num_tokens", 4]) for name in ("left", "right"))
+    x = add(left, right)
+    normed = rms_norm(x, weight(network, "scale", 4), eps=1e-6)
+    product = matmul(normed, weight(network, "w", 4, 4))
+    total = add(x, product)
+    rows = gather_last_token_logits(total, Tensor("last", "int32", ["num_logits"]))
+    silu(rows).mark_output("y")
+    return {"left": left, "x": x, "normed": normed, "product": product, "total": total, "rows": rows}
+
+
+def run_end(network: Network, last: list[int]) -> dict[str, torch.Tensor]:
+    plan = network.to_plan()
+    generator = torch.Generator().manual_seed(1)
+    tensors = {
+        spec.name: torch.randn([5 if isinstance(dim, str) else dim for dim in spec.shape], generator=generator)
+        for spec in (*plan.weights, *plan.inputs)
+    } | {"last": torch.tensor(last, dtype=torch.int32)}
+    step = StepShape(5, len(last), 1, 5 - len(last) + 1, 5, 5)
+    return Executor(plan, tensors, reference_kernels(), torch.device("cpu")).run(
+        {spec.name: tensors[spec.name] for spec in plan.inputs}, step, keep=set(plan.marks.values())
+    )
+
+
+def test_what_nobody_else_reads_is_computed_for_the_rows_that_are_wanted(network: Network) -> None:
     with net_guard(network):
-        x, y = (Tensor(name, "float32", ["num_tokens", 4]) for name in "xy")
-        rows = gather_last_token_logits(add(x, y), Tensor("last", "int32", ["num_logits"]))
-        if visible:
-            rows.mark_output("rows")
-        rms_norm(rows, weight(network, "w", 4), eps=1e-6).mark_output("normed")
-
-
-def test_rows_are_gathered_behind_their_norm(network: Network) -> None:
-    describe_end(network)
-    assert gather_after_norm(network) == 1
+        describe_end(network)
+    before = run_end(network, [4, 1])
+    assert gather_early(network) == 4
+    network.verify()
     assert lines(network) == [
-        "add/1 = add(x, y)",
-        "rms_norm/2 = rms_norm(add/1, w)",
-        "gather_last_token/2 = gather_last_token(rms_norm/2, last)",
-        "output normed = gather_last_token/2",
+        "gather_last_token/2 = gather_last_token(left, last)",
+        "gather_last_token/3 = gather_last_token(right, last)",
+        "add/1 = add(gather_last_token/2, gather_last_token/3)",
+        "rms_norm/1 = rms_norm(add/1, scale)",
+        "matmul/1 = matmul(rms_norm/1, w)",
+        "add/2 = add(add/1, matmul/1)",
+        "silu/1 = silu(add/2)",
+        "output y = silu/1",
     ]
-    assert network.outputs["normed"].shape == ("num_logits", 4)
-    assert fuse_add_rms_norm(network) == 1
+    shapes = {node.op: {made.shape for made in node.outputs} for node in network.nodes}
+    assert shapes == dict.fromkeys(shapes, {("num_logits", 4)})
+    torch.testing.assert_close(run_end(network, [4, 1])["y"], before["y"], rtol=1e-6, atol=1e-6)
+    assert gather_early(network) == 0
 
 
-def test_rows_that_are_looked_at_stay_where_they_are(network: Network) -> None:
-    describe_end(network, visible=True)
-    assert gather_after_norm(network) == 0
+@pytest.mark.parametrize("seen", ["x", "normed", "product"])
+def test_what_another_node_reads_keeps_all_rows(network: Network, seen: str) -> None:
+    with net_guard(network):
+        parts = describe_end(network)
+        silu(parts[seen]).mark_output("z")
+    before = run_end(network, [0, 3])
+    # The last sum always moves, and what comes between the tensor that is read and it.
+    assert gather_early(network) == {"x": 3, "normed": 2, "product": 1}[seen]
+    assert parts[seen].shape == ("num_tokens", 4) and parts["total"].shape == ("num_logits", 4)
+    after = run_end(network, [0, 3])
+    for name in "yz":
+        torch.testing.assert_close(after[name], before[name], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("seen", "count"), [("x", 3), ("total", 0)])
+def test_outputs_keep_all_rows(network: Network, seen: str, count: int) -> None:
+    with net_guard(network):
+        describe_end(network)[seen].mark_output("z")
+    assert gather_early(network) == count
+    assert network.outputs["z"].shape == ("num_tokens", 4)
+
+
+def test_a_mark_shows_the_rows_that_are_computed(network: Network) -> None:
+    with net_guard(network):
+        network.mark("seen", describe_end(network)["product"])
+    before = run_end(network, [2, 4])
+    assert gather_early(network) == 4
+    (name,) = network.to_plan().marks.values()
+    torch.testing.assert_close(run_end(network, [2, 4])[name], before[name][[2, 4]], rtol=1e-6, atol=1e-6)
+
+
+def test_weights_and_what_is_made_of_them_have_no_rows_to_gather(network: Network) -> None:
+    with net_guard(network):
+        wide = cast(weight(network, "w", 4, 4, dtype="float16"), "float32")
+        product = matmul(Tensor("x", "float32", ["num_tokens", 4]), wide)
+        gather_last_token_logits(product, Tensor("last", "int32", ["num_logits"])).mark_output("y")
+    assert gather_early(network) == 1
+    assert lines(network) == [
+        "cast/1 = cast(w)",
+        "gather_last_token/2 = gather_last_token(x, last)",
+        "matmul/1 = matmul(gather_last_token/2, cast/1)",
+        "output y = matmul/1",
+    ]
+    assert wide.shape == (4, 4)
+
+
+@pytest.mark.parametrize("num_layers", [1, 3])
+def test_of_a_model_the_last_layer_is_computed_for_the_rows_that_are_wanted(num_layers: int) -> None:
+    network = describe_config(make_config(num_hidden_layers=num_layers), optimized=True)
+    behind = 1 + max(index for index, node in enumerate(network.nodes) if node.op == "gpt_attention")
+    rows = [{made.shape[0] for node in nodes for made in node.outputs} for nodes in (network.nodes[:behind], network.nodes[behind:])]
+    assert rows == [{"num_tokens"}, {"num_logits"}]
 
 
 # simplify
