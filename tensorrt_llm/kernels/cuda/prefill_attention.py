@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 
 from ..step import StepShape
+from ..tactics.tactic import cdiv
 from .kv_pool import VALUE_SCALE_LIFT, dot_dtype, load_scales, padded_width, pool_strides, tile_offsets, token_offsets
 
 
@@ -146,7 +147,7 @@ def prefill_attention(
         # prompt of 1024 tokens takes 48 us, 63 with 128 rows on 8 warps in three stages; 16 of 512 take 172 and 224
         # (H200). Heads above 128 halve the tile to fit.
         query_tile, key_tile, num_stages = 64, 64 if dim_tile <= 128 else 32, 2
-    grid = (triton.cdiv(step.max_query_length, query_tile), num_heads, step.num_contexts)
+    grid = (cdiv(step.max_query_length, query_tile), num_heads, step.num_contexts)
     _prefill[grid](
         q, past_key_value, key_value_scales, block_tables, query_starts, sequence_length, out,
         block_tables.stride(0), *pool_strides(past_key_value),
