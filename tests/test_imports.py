@@ -104,6 +104,7 @@ LATE = {
     ("tensorrt_llm.kernels", "tensorrt_llm.kernels.cuda"),  # imports triton
     ("tensorrt_llm.kernels", "tensorrt_llm.kernels.cuda.compiled"),  # imports triton
     ("tensorrt_llm.kernels", "tensorrt_llm.kernels.cuda.greedy"),  # imports triton
+    ("tensorrt_llm.kernels", "tensorrt_llm.kernels.cuda.step_integers"),  # imports triton
 }
 # Each folder of the port and what else of the port it may import: folders, or modules beside them. Scripts are none.
 PORT_ALLOWED = {

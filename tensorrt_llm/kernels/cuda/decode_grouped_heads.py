@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from ..step import StepShape
+from ..tactics.tactic import cdiv, next_power_of_2
 from .integer_planes import integer_plane
 from .kv_pool import VALUE_SCALE_LIFT, dot_dtype, load_scales, padded_width, pool_strides, token_offsets
 from .overlap import has_dependent_launch, overlapping, start_next, wait_for_previous
@@ -167,7 +168,7 @@ def decode_grouped_heads(
     num_kv_heads = past_key_value.shape[2]
     group = num_heads // num_kv_heads
     decodes = step.batch_size - step.num_contexts
-    num_splits = triton.cdiv(step.max_sequence_length, _SPLIT_TOKENS)
+    num_splits = cdiv(step.max_sequence_length, _SPLIT_TOKENS)
     is_only_split = num_splits == 1
     is_int8 = key_value_scales is not None
     partial, lse = room_for_splits(out, decodes, num_splits)
@@ -182,7 +183,7 @@ def decode_grouped_heads(
         q, pool, key_value_scales, block_tables, sequence_length, out, partial, lse,
         step.num_contexts, step.num_context_tokens, num_splits, block_tables.stride(0), *pool_strides(pool),
         math.log2(math.e) / (q_scaling * math.sqrt(head_size)),
-        NUM_HEADS=num_heads, GROUP=group, GROUP_TILE=max(16, triton.next_power_of_2(group)), HEAD_SIZE=head_size,
+        NUM_HEADS=num_heads, GROUP=group, GROUP_TILE=max(16, next_power_of_2(group)), HEAD_SIZE=head_size,
         DIM_TILE=padded_width(pool.shape[4]), TOKENS_PER_BLOCK=past_key_value.shape[3], SPLIT_TOKENS=_SPLIT_TOKENS,
         TILE_TOKENS=tile_tokens, IS_ONLY_SPLIT=is_only_split, NUM_STAGES=num_stages, IS_INT8=is_int8,
         DOT_DTYPE=dot_dtype(q.dtype), OVERLAP=has_dependent_launch(q.device), num_warps=num_warps,

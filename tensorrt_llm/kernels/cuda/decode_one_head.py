@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 
 from ..step import StepShape
+from ..tactics.tactic import cdiv
 from .int8_rows import quantize_rows
 from .kv_pool import load_scales, padded_width, pool_strides, token_offsets
 from .overlap import has_dependent_launch, start_next, wait_for_previous
@@ -279,7 +280,7 @@ def decode_one_head(
     decodes = step.batch_size - step.num_contexts
     is_int8 = key_value_scales is not None
     cut = _cut(decodes * num_heads, step.max_sequence_length, is_int8, is_batch_invariant)
-    num_splits = triton.cdiv(step.max_sequence_length, cut.split_tokens)
+    num_splits = cdiv(step.max_sequence_length, cut.split_tokens)
     partial, lse = room_for_splits(out, decodes, num_splits)
     can_overlap = has_dependent_launch(qkv.device)
     is_early = can_overlap and cut.is_early

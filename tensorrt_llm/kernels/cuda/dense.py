@@ -20,6 +20,7 @@ import triton.language as tl
 from ...dtype import torch_dtype
 from ..tactics import LIBRARY, MatmulShape, Tactic, Tactics
 from ..tactics.dense import tiles
+from ..tactics.tactic import cdiv
 from . import ring_tiles, wgmma_plain
 from .epilogue import store_outputs, tile_rows
 from .kv_pool import dot_dtype
@@ -124,7 +125,7 @@ def multiply(
     flags = dict(HAS_BIAS=bias is not None, IS_GATED=is_gated)
     if tactic.way == "stream":
         assert tokens == 1, f"dense matmul: a stream of {tokens} tokens"
-        _stream_rows[(triton.cdiv(num_rows, row_tile),)](
+        _stream_rows[(cdiv(num_rows, row_tile),)](
             x, weight, bias, out, num_rows, DEPTH=depth, ROW_TILE=row_tile, DEPTH_TILE=tactic.depth_tile, **flags,
             num_warps=tactic.num_warps, **overlapping(x.device),
         )  # fmt: skip
@@ -137,7 +138,7 @@ def multiply(
         wgmma_plain.multiply(x, None, weight, None, bias, out, is_gated=is_gated, tactic=tactic)
         return out
     # Token tiles come first in the grid, so programs that run together share rows of the weight.
-    _multiply_tiles[(triton.cdiv(tokens, token_tile), triton.cdiv(num_rows, row_tile))](
+    _multiply_tiles[(cdiv(tokens, token_tile), cdiv(num_rows, row_tile))](
         x, weight, bias, out, tokens, num_rows, DEPTH=depth, TOKEN_TILE=token_tile, ROW_TILE=row_tile,
         DEPTH_TILE=tactic.depth_tile, NUM_STAGES=tactic.num_stages, DOT_DTYPE=dot_dtype(x.dtype), **flags,
         num_warps=tactic.num_warps, **overlapping(x.device, is_early=token_tile == 32),

@@ -17,6 +17,7 @@ import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from ..tactics.tactic import cdiv, next_power_of_2
 from .overlap import overlapping, start_next, wait_for_previous
 
 
@@ -100,8 +101,8 @@ def add_splits(
 ) -> None:
     """Fill out from the sums [splits, tokens, rows] of a product: floats, or int32 with both scales."""
     num_splits, tokens, num_rows = partial.shape
-    row_tile = min(1024, max(2, triton.next_power_of_2(num_rows)))
-    _add_splits[(triton.cdiv(num_rows, row_tile), tokens)](
+    row_tile = min(1024, max(2, next_power_of_2(num_rows)))
+    _add_splits[(cdiv(num_rows, row_tile), tokens)](
         partial, x_scale, weight_scale, bias, out, tokens, num_rows, num_splits, stride_of(x_scale),
         ROW_TILE=row_tile, HAS_SCALES=x_scale is not None, HAS_BIAS=bias is not None, IS_GATED=is_gated, num_warps=4,
         **overlapping(out.device),

@@ -18,6 +18,7 @@ import triton.language as tl
 
 from ...dtype import torch_dtype
 from ..tactics import Tactics
+from ..tactics.tactic import cdiv, next_power_of_2
 from . import dense
 from .epilogue import interleaved
 from .overlap import overlapping, start_next, wait_for_previous
@@ -52,10 +53,8 @@ def silu_mul(x: torch.Tensor, *, dtype: str) -> torch.Tensor:
     out = torch.empty((rows, width), dtype=torch_dtype(dtype), device=x.device)
     if rows:
         # 1024 columns on 4 warps are 16 values a lane: two 128-bit loads in 16-bit dtypes.
-        block = min(1024, triton.next_power_of_2(width))
-        _silu_mul[(rows, triton.cdiv(width, block))](
-            x, out, WIDTH=width, BLOCK=block, num_warps=4, **overlapping(x.device)
-        )
+        block = min(1024, next_power_of_2(width))
+        _silu_mul[(rows, cdiv(width, block))](x, out, WIDTH=width, BLOCK=block, num_warps=4, **overlapping(x.device))
     return out
 
 

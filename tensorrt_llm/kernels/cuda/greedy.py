@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from ..reference import BROKEN
+from ..tactics.tactic import cdiv, next_power_of_2
 from .splits import Arrivals
 
 _BROKEN = tl.constexpr(BROKEN)
@@ -78,14 +79,14 @@ class GreedyTokens:
         if rows == 0:
             return ids, tokens
         # 16 KB a program for one row, which keeps 38 SMs busy at 150,000 logits; more where rows keep all busy.
-        block = min(4096, triton.next_power_of_2(vocab_size))
+        block = min(4096, next_power_of_2(vocab_size))
         blocks = 1 if rows < 64 else 4
-        num_splits = triton.cdiv(vocab_size, block * blocks)
+        num_splits = cdiv(vocab_size, block * blocks)
         split_largest = torch.empty((rows, num_splits), dtype=torch.float32, device=logits.device)
         split_token = torch.empty((rows, num_splits), dtype=torch.int32, device=logits.device)
         _largest_logit[(rows, num_splits)](
             logits, ids, tokens, split_largest, split_token, self._arrivals.of(rows, logits.device), vocab_size,
             logits.stride(0), BLOCK=block, BLOCKS=blocks, NUM_SPLITS=num_splits,
-            SPLIT_LANES=triton.next_power_of_2(num_splits), num_warps=8,
+            SPLIT_LANES=next_power_of_2(num_splits), num_warps=8,
         )  # fmt: skip
         return ids, tokens

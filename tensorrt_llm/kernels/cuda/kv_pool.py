@@ -20,6 +20,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..tactics.tactic import next_power_of_2
+
 # A value's scale is 1/127 of its largest magnitude, and times a small probability it would leave float16's normal
 # numbers. Lifted by 2^6 on its way through a dot it keeps its bits, and stays below 65504 for all values that do.
 VALUE_SCALE_LIFT = tl.constexpr(64.0)
@@ -70,7 +72,7 @@ def pool_strides(past_key_value: torch.Tensor) -> tuple[int, int, int, int]:
 
 def padded_width(width: int) -> int:
     """Triton's tiles are powers of two, and a dot needs a depth of 16 or more."""
-    return max(16, triton.next_power_of_2(width))
+    return max(16, next_power_of_2(width))
 
 
 def dot_dtype(dtype: torch.dtype) -> tl.dtype:

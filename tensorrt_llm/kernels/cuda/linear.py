@@ -21,6 +21,7 @@ import triton.language as tl
 from ...dtype import torch_dtype
 from ..step import StepShape
 from ..tactics import Tactics
+from ..tactics.tactic import cdiv, next_power_of_2
 from . import dense, wgmma_plain
 from .overlap import has_dependent_launch, start_next
 from .splits import arrivals_of
@@ -89,9 +90,9 @@ def embedding(ids: torch.Tensor, weight: torch.Tensor, *, dtype: str | None = No
     tokens, hidden = len(ids), weight.shape[1]
     out = torch.empty((tokens, hidden), dtype=torch_dtype(dtype) if dtype else weight.dtype, device=weight.device)
     if tokens:
-        block = min(triton.next_power_of_2(hidden), 1024)
+        block = min(next_power_of_2(hidden), 1024)
         # Launched as usual: it is the first of a step, whose inputs kernels behind it read before they wait.
-        _embedding[(tokens, triton.cdiv(hidden, block))](
+        _embedding[(tokens, cdiv(hidden, block))](
             ids, weight, out, HIDDEN=hidden, BLOCK=block, OVERLAP=has_dependent_launch(weight.device), num_warps=4
         )
     return out

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from ...dtype import torch_dtype
+from ..tactics.tactic import next_power_of_2
 from .int8_rows import quantize_rows
 from .overlap import overlapping, start_next, wait_for_previous
 
@@ -114,7 +115,7 @@ def _launch(
     assert x.is_contiguous() and (y is None or y.is_contiguous()), "rms_norm: rows must be contiguous"
     if rows == 0:
         return
-    block = triton.next_power_of_2(hidden)
+    block = next_power_of_2(hidden)
     # One row is one program, and at decode there are few rows: latency counts. 8 values a lane are two 128-bit
     # loads of the float32 residual, all in flight at once; 4096 columns take 16 warps.
     num_warps = min(max(block // 256, 1), 16)

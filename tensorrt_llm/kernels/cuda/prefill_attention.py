@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 
 from ..step import StepShape
+from ..tactics.tactic import cdiv
 from .kv_pool import VALUE_SCALE_LIFT, dot_dtype, load_scales, padded_width, pool_strides, tile_offsets, token_offsets
 
 
@@ -149,7 +150,7 @@ def prefill_attention(
         # four of 200 17.1 and 15.5. With all tiles of a head side by side it took 38.6. Heads above 128 halve the tile
         # to fit.
         query_tile, key_tile, num_stages = 64, 64 if dim_tile <= 128 else 32, 2
-    grid = (num_heads, triton.cdiv(step.max_query_length, query_tile), step.num_contexts)
+    grid = (num_heads, cdiv(step.max_query_length, query_tile), step.num_contexts)
     _prefill[grid](
         q, past_key_value, key_value_scales, block_tables, query_starts, sequence_length, out,
         block_tables.stride(0), *pool_strides(past_key_value),

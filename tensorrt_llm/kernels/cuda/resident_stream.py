@@ -27,12 +27,12 @@ interpreter has no Gluon.
 # The arguments of a kernel are Triton's values, for which Python has no types.
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.language.extra.cuda.gdc import gdc_launch_dependents, gdc_wait
 
+from ..tactics.tactic import cdiv
 from .epilogue import gated
 
 PIECES = gl.constexpr(8)  # columns of a tile
@@ -184,7 +184,7 @@ def multiply(
     Planes of a block that share a scale, and planes of a group (0: the whole row), are as weight_only.py counts them.
     """
     num_groups, num_rows = scale.shape
-    _resident_rows[(triton.cdiv(num_rows, ROW_TILE.value),)](
+    _resident_rows[(cdiv(num_rows, ROW_TILE.value),)](
         x, words, scale, zero, bias, out, num_rows, num_groups,
         DEPTH=x.shape[1], NUM_BLOCKS=words.shape[1] // PLANE.value, BITS=bits, PLANES_PER_SCALE=planes_per_scale,
         PLANES_PER_GROUP=planes_per_group, HAS_ZERO=zero is not None, HAS_BIAS=bias is not None, IS_GATED=is_gated,

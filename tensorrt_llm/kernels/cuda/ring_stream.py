@@ -20,12 +20,12 @@ Written in Gluon, which Triton's interpreter does not have.
 # The arguments of a kernel are Triton's values, for which Python has no types.
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from triton.language.extra.cuda.gdc import gdc_launch_dependents, gdc_wait
 
+from ..tactics.tactic import cdiv, next_power_of_2
 from .epilogue import gated
 from .resident_stream import PIECES, PLANE, subnormals
 
@@ -340,10 +340,10 @@ def multiply(
     more.
     """
     num_groups, num_rows = scale.shape
-    _ring_rows[(triton.cdiv(num_rows, row_tile * num_tiles),)](
+    _ring_rows[(cdiv(num_rows, row_tile * num_tiles),)](
         x, words, scale, zero, bias, out, num_rows, num_groups,
         DEPTH=x.shape[1], NUM_BLOCKS=words.shape[1] // PLANE.value, BITS=bits, PLANES_PER_SCALE=planes_per_scale,
         PLANES_PER_GROUP=planes_per_group, HAS_ZERO=zero is not None, HAS_BIAS=bias is not None, IS_GATED=is_gated,
-        ROW_TILE=row_tile, NUM_TILES=num_tiles, SUM_TILES=triton.next_power_of_2(num_tiles), NUM_STAGES=num_stages,
+        ROW_TILE=row_tile, NUM_TILES=num_tiles, SUM_TILES=next_power_of_2(num_tiles), NUM_STAGES=num_stages,
         num_warps=num_warps, launch_pdl=True,
     )  # fmt: skip

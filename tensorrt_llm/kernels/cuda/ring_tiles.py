@@ -22,13 +22,13 @@ Written in Gluon, which Triton's interpreter does not have.
 # The arguments of a kernel are Triton's values, for which Python has no types.
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from triton.language.extra.cuda.gdc import gdc_launch_dependents, gdc_wait
 
 from ..tactics import Tactic
+from ..tactics.tactic import cdiv
 from .epilogue import gated
 from .integer_planes import two_words_ptx
 from .overlap import has_dependent_launch
@@ -306,7 +306,7 @@ def multiply(
     written the weight. `arrivals` are of launches that come one after the other.
     """
     tokens, num_rows = x.shape[0], weight.shape[0]
-    num_tiles = triton.cdiv(num_rows, tactic.row_tile)
+    num_tiles = cdiv(num_rows, tactic.row_tile)
     partial, arrived = out, out  # never read or written as what they are called
     if tactic.num_splits > 1:
         dtype = torch.int32 if x.dtype == torch.int8 else torch.float32

@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 
 from ..step import StepShape
+from ..tactics.tactic import cdiv
 from .int8_rows import quantize_rows
 from .kv_pool import padded_width, pool_strides, token_offsets
 from .overlap import overlapping, start_next, wait_for_previous
@@ -193,7 +194,7 @@ def rope_kv(
         return q
     # Few tokens: 8 heads a program spread one token over many SMs. Many: 32 heads share one computation of angles.
     head_tile = 8 if tokens <= 64 else 32
-    grid = (tokens, triton.cdiv(num_heads + 2 * num_kv_heads, head_tile))
+    grid = (tokens, cdiv(num_heads + 2 * num_kv_heads, head_tile))
     block_stride, value_stride, head_stride, token_stride = pool_strides(past_key_value)
     _rope_kv[grid](
         qkv, q, past_key_value, key_value_scales, turns, position_ids, query_starts, context_lengths, block_tables,

@@ -23,6 +23,7 @@ import triton.language as tl
 from ...dtype import torch_dtype
 from ..tactics import MatmulShape, Tactic, Tactics
 from ..tactics.smooth_quant import tiles
+from ..tactics.tactic import cdiv, next_power_of_2
 from . import ring_tiles, wgmma_plain
 from .epilogue import interleaved, scaled, store_outputs, stride_of, tile_rows
 from .int8_rows import quantize_rows, round_to_int8
@@ -155,7 +156,7 @@ def _launch_quantize(
     assert x.is_contiguous(), "quantize: rows must be contiguous"
     q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     if tokens:
-        block = triton.next_power_of_2(width)
+        block = next_power_of_2(width)
         # As in norm.py: one row is one program, and its latency counts. 11008 columns take 32 warps.
         _quantize[(tokens,)](
             x, inverse, scale, q, WIDTH=width, BLOCK=block, HAS_SMOOTHER=inverse is not None, IS_STATIC=is_static,
@@ -237,7 +238,7 @@ def _launch_matmul(
     token_tile, row_tile = tactic.token_tile, tactic.row_tile
     if tactic.way == "stream":
         assert tokens == 1, f"smooth_quant: a stream of {tokens} tokens"
-        _stream_rows[(triton.cdiv(num_rows, row_tile),)](
+        _stream_rows[(cdiv(num_rows, row_tile),)](
             x.view(torch.int32), x_scale, weight.view(torch.int32), weight_scale, bias, out, num_rows,
             WORDS=depth // 4, ROW_TILE=row_tile, WORD_TILE=tactic.depth_tile // 4, **flags,
             num_warps=tactic.num_warps, **overlapping(x.device),
@@ -252,7 +253,7 @@ def _launch_matmul(
         wgmma_plain.multiply(x, x_scale, weight, weight_scale, bias, out, is_gated=is_gated, tactic=tactic)
         return out
     # Token tiles come first in the grid, so programs that run together share rows of the weight.
-    _multiply_tiles[(triton.cdiv(tokens, token_tile), triton.cdiv(num_rows, row_tile))](
+    _multiply_tiles[(cdiv(tokens, token_tile), cdiv(num_rows, row_tile))](
         x, x_scale, weight, weight_scale, bias, out, tokens, num_rows, depth, stride_of(x_scale),
         TOKEN_TILE=token_tile, ROW_TILE=row_tile, DEPTH_TILE=tactic.depth_tile, NUM_STAGES=tactic.num_stages, **flags,
         num_warps=tactic.num_warps, **overlapping(x.device, is_early=tokens <= 64),

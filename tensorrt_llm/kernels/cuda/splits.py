@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from ..tactics import Tactics
+from ..tactics.tactic import next_power_of_2
 
 # A running maximum starts below every score, yet finite: -inf minus -inf would be NaN in an all-masked row.
 LOWEST = tl.constexpr(-1e30)
@@ -63,7 +64,7 @@ class Arrivals:
 
     def of(self, count: int, device: torch.device) -> torch.Tensor:
         """At least `count` of them, int32."""
-        size = max(1024, triton.next_power_of_2(count))
+        size = max(1024, next_power_of_2(count))
         if (device, size) not in self._zeros:
             self._zeros[device, size] = torch.zeros(size, dtype=torch.int32, device=device)
         return self._zeros[device, size]

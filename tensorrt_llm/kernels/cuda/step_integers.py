@@ -7,6 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..tactics.tactic import cdiv
+
 
 @triton.jit(do_not_specialize=["size", "num_tokens", "num_sampled"])
 def _take_integers(memory_ptr, integers_ptr, sampled_ptr, size, num_tokens, num_sampled, BLOCK: tl.constexpr):
@@ -24,7 +26,7 @@ def take_integers(
     """As in reference.py."""
     sampled = integers if sampled_ids is None else sampled_ids
     assert memory.dtype == integers.dtype == sampled.dtype == torch.int32 and memory.shape == integers.shape
-    _take_integers[(triton.cdiv(len(memory), 1024),)](
+    _take_integers[(cdiv(len(memory), 1024),)](
         memory, integers, sampled, len(memory), num_tokens, 0 if sampled_ids is None else num_sampled, BLOCK=1024,
         num_warps=4,
     )  # fmt: skip

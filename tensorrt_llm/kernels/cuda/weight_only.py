@@ -41,7 +41,7 @@ from ...dtype import dtype_name, torch_dtype
 from ...quantization.quantize import integers_of
 from ..quantized_reference import split_optional
 from ..tactics import MatmulShape, Tactic, Tactics
-from ..tactics.tactic import plane_size
+from ..tactics.tactic import cdiv, plane_size
 from ..tactics.weight_only import stream, tiles, without_warpgroups
 from . import resident_stream, ring_stream, ring_tiles, wgmma_tiles
 from .epilogue import add_splits, interleaved, store_outputs, tile_rows
@@ -498,7 +498,7 @@ def _multiply_many(
     tokens, num_blocks = len(x), weight.num_blocks
     if tokens == 0:
         return _empty_output(0, weight, dtype, is_gated, x.device)
-    num_splits = triton.cdiv(num_blocks, triton.cdiv(num_blocks, tactic.num_splits))  # none is empty
+    num_splits = cdiv(num_blocks, cdiv(num_blocks, tactic.num_splits))  # none is empty
     if num_splits == 1:
         out = _empty_output(tokens, weight, dtype, is_gated, x.device)
         _launch_many(x, weight, bias, out, is_gated, tactic, 1)
@@ -536,7 +536,7 @@ def _launch_stream(
             )  # fmt: skip
         return out
     row_tile = tactic.row_tile
-    _stream_rows[(triton.cdiv(weight.num_rows, row_tile),)](
+    _stream_rows[(cdiv(weight.num_rows, row_tile),)](
         x.view(torch.int32), weight.words.view(torch.int32), weight.scale,
         weight.zero, bias, out, weight.num_rows, weight.num_groups, _ONE,
         DEPTH=weight.depth, NUM_BLOCKS=weight.num_blocks, ROW_TILE=row_tile,
@@ -568,10 +568,10 @@ def _launch_many(
         return
     token_tile, row_tile = tactic.token_tile, tactic.row_tile
     # Token tiles come first in the grid, so programs that run together share rows of the weight.
-    _multiply_tiles[(triton.cdiv(tokens, token_tile), triton.cdiv(weight.num_rows, row_tile), num_splits)](
+    _multiply_tiles[(cdiv(tokens, token_tile), cdiv(weight.num_rows, row_tile), num_splits)](
         x, weight.words, weight.scale, weight.zero, bias, out,
         tokens, weight.num_rows, depth, weight.num_blocks, weight.num_groups,
-        triton.cdiv(weight.num_blocks, num_splits),
+        cdiv(weight.num_blocks, num_splits),
         TOKEN_TILE=token_tile, ROW_TILE=row_tile, NUM_STAGES=tactic.num_stages, DOT_DTYPE=dot_dtype(x.dtype),
         PLANES_PER_SCALE=_planes_per_scale(weight), **weight.layout, HAS_BIAS=bias is not None, IS_GATED=is_gated,
         IS_WHOLE=depth % weight.block == 0, IS_SPLIT=num_splits > 1, num_warps=tactic.num_warps,
@@ -602,7 +602,7 @@ def _multiply_widened(
     for start in range(0, weight.num_rows, rows_at_once):
         part = slice(start, min(start + rows_at_once, weight.num_rows))
         rows = part.stop - part.start
-        _widen[(weight.num_blocks, triton.cdiv(rows, 32))](
+        _widen[(weight.num_blocks, cdiv(rows, 32))](
             weight.words, weight.scale, weight.zero, dense, start, rows, weight.num_rows, weight.depth,
             weight.num_blocks, weight.num_groups, ROW_TILE=32, **weight.layout, num_warps=4,
         )  # fmt: skip

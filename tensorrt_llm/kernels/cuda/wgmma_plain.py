@@ -23,14 +23,13 @@ instructions.
 # The arguments of a kernel are Triton's values, for which Python has no types.
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda.gdc import gdc_launch_dependents, gdc_wait
 
-from ..tactics.tactic import SHARED_BYTES, Tactic
+from ..tactics.tactic import SHARED_BYTES, Tactic, cdiv
 from .epilogue import add_splits, stride_of
 from .warpgroups import LAUNCH_REGISTERS, PIECE, ROWS, by_row, has_warpgroups, pieces_of, staging_of, store_outputs
 
@@ -252,12 +251,12 @@ def sums_of_splits(x: torch.Tensor, weight: torch.Tensor, tactic: Tactic) -> tor
 def splits_of(x: torch.Tensor, tactic: Tactic) -> int:
     """Programs that share the depth of a tile, none of them without a block."""
     num_blocks = _blocks_of(x)
-    return triton.cdiv(num_blocks, triton.cdiv(num_blocks, tactic.num_splits))
+    return cdiv(num_blocks, cdiv(num_blocks, tactic.num_splits))
 
 
 def _blocks_of(x: torch.Tensor) -> int:
     """Stages of a whole row."""
-    return triton.cdiv(x.shape[1] * x.element_size(), STAGE_BYTES.value)
+    return cdiv(x.shape[1] * x.element_size(), STAGE_BYTES.value)
 
 
 def _launch(
@@ -277,10 +276,10 @@ def _launch(
     columns, consumers = STAGE_BYTES.value // x.element_size(), row_tile // ROWS.value
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * x.element_size(), rank=2)
     # Token tiles come first in the grid, so programs that run together share rows of the weight.
-    _wgmma_plain[(triton.cdiv(tokens, token_tile), triton.cdiv(num_rows, row_tile), num_splits)](
+    _wgmma_plain[(cdiv(tokens, token_tile), cdiv(num_rows, row_tile), num_splits)](
         TensorDescriptor.from_tensor(x, [token_tile, columns], layout),
         TensorDescriptor.from_tensor(weight, [ROWS.value, columns], layout),
-        x_scale, weight_scale, bias, out, tokens, num_rows, num_blocks, triton.cdiv(num_blocks, num_splits),
+        x_scale, weight_scale, bias, out, tokens, num_rows, num_blocks, cdiv(num_blocks, num_splits),
         stride_of(x_scale), HAS_SCALES=x_scale is not None, HAS_BIAS=bias is not None, IS_GATED=is_gated,
         CONSUMERS=consumers, TOKEN_TILE=token_tile,
         STAGES=(SHARED_BYTES - 1024) // ((token_tile + row_tile) * STAGE_BYTES.value), num_warps=4,

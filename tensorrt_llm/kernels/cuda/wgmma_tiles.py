@@ -30,14 +30,13 @@ instructions.
 import math
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda.gdc import gdc_launch_dependents, gdc_wait
 
-from ..tactics.tactic import SHARED_BYTES
+from ..tactics.tactic import SHARED_BYTES, cdiv
 from .resident_stream import PLANE
 from .warpgroups import LAUNCH_REGISTERS, PIECE, ROWS, by_row, pieces_of, staging_of, store_outputs
 
@@ -374,10 +373,10 @@ def multiply(
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     x_stages, word_stages = _stages(row_tile, token_tile)
     # Token tiles come first in the grid, so programs that run together share rows of the weight.
-    _wgmma_tiles[(triton.cdiv(tokens, token_tile), triton.cdiv(num_rows, row_tile), num_splits)](
+    _wgmma_tiles[(cdiv(tokens, token_tile), cdiv(num_rows, row_tile), num_splits)](
         TensorDescriptor.from_tensor(x, [token_tile, PLANE.value], layout),
         TensorDescriptor.from_tensor(words, [ROWS.value, PLANE.value], layout),
-        scale, zero, bias, out, tokens, num_rows, num_blocks, num_groups, triton.cdiv(num_blocks, num_splits),
+        scale, zero, bias, out, tokens, num_rows, num_blocks, num_groups, cdiv(num_blocks, num_splits),
         BITS=bits, PLANES_PER_GROUP=planes_per_group, HAS_ZERO=zero is not None, HAS_BIAS=bias is not None,
         IS_GATED=is_gated, CONSUMERS=consumers, TOKEN_TILE=token_tile, X_STAGES=x_stages, WORD_STAGES=word_stages,
         num_warps=4, maxnreg=LAUNCH_REGISTERS[consumers], launch_pdl=True,
