@@ -297,7 +297,10 @@ def test_weights_and_what_is_made_of_them_have_no_rows_to_gather(network: Networ
 def test_of_a_model_the_last_layer_is_computed_for_the_rows_that_are_wanted(num_layers: int) -> None:
     network = describe_config(make_config(num_hidden_layers=num_layers), optimized=True)
     behind = 1 + max(index for index, node in enumerate(network.nodes) if node.op == "gpt_attention")
-    rows = [{made.shape[0] for node in nodes for made in node.outputs} for nodes in (network.nodes[:behind], network.nodes[behind:])]
+    rows = [
+        {made.shape[0] for node in nodes for made in node.outputs}
+        for nodes in (network.nodes[:behind], network.nodes[behind:])
+    ]
     assert rows == [{"num_tokens"}, {"num_logits"}]
 
 

@@ -14,7 +14,7 @@ last to arrive weighs them in order (splits.py). Only the counting of arrivals i
 Softmax is in float32 and in powers of two: log2(e) is folded into the scale.
 """
 
-# mypy: allow-untyped-defs
+# mypy: allow-untyped-defs, disable-error-code="assignment, var-annotated"
 # The arguments of a kernel are Triton's values, for which Python has no types.
 
 import math
@@ -227,14 +227,14 @@ _MANY_SHORT = _Cut(512, 16, 3, 2)
 # Fewer programs than keep an SM busy: eight sequences of 192 tokens take 13.8 us, in splits of 64 16.0; of 620 36.7 and
 # 38.9.
 _SOME = _Cut(256, 16, 3, 2)
-# One sequence or a few: what counts is the time of one program, so a split is what it can hold. Of a 7B model's layer the
-# first saves 1.3 us for a sequence of 170 tokens, beside a tile of 64, and costs 3.5 for one of 1070: many splits take
-# long to be weighed. Alone, tiles of 32 take 4.4 us for 192 tokens, these 4.9; in the model they cost up to 1.7 % of a
-# step (H100).
+# One sequence or a few: what counts is the time of one program, so a split is what it can hold. Of a 7B model's layer
+# the first saves 1.3 us for a sequence of 170 tokens, beside a tile of 64, and costs 3.5 for one of 1070: many splits
+# take long to be weighed. Alone, tiles of 32 take 4.4 us for 192 tokens, these 4.9; in the model they cost up to 1.7 %
+# of a step (H100).
 _FEW_SHORT = _Cut(16, 16, 0, 2, is_early=True)
 # Of 1090 tokens 736 programs, which run at once, eight on an SM. A step of a 7B model in INT8 takes 2467 us for one such
-# sequence, 2522 in splits of 64 by four warps, four on an SM; 3204 and 3374 for four (H200). Held in one tile of 64, or
-# in four of 16, is the same; splits of 80 or 96 by four warps take 2491 and 2472, of 32 by two 2534.
+# sequence, 2522 in splits of 64 by four warps, four on an SM; 3204 and 3374 for four (H200). Held in one tile of 64 or
+# in four of 16, those are the same; splits of 80 or 96 by four warps take 2491 and 2472, of 32 by two 2534.
 _FEW_LONG = _Cut(48, 16, 0, 2, is_early=True)
 _FEW_LONG_INT8 = _Cut(64, 64, 0, 4)  # its scales leave too few registers for what is held until the wait
 _SHORT_TOKENS = 512
