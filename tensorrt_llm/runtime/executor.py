@@ -48,13 +48,22 @@ class Executor:
             self._calls = [call for _, call in bound]
 
     def run(
-        self, inputs: Mapping[str, torch.Tensor], step: StepShape, keep: Collection[str] = ()
+        self,
+        inputs: Mapping[str, torch.Tensor],
+        step: StepShape,
+        keep: Collection[str] = (),
+        in_front_of: Mapping[int, Callable[[], None]] | None = None,
     ) -> dict[str, torch.Tensor]:
-        """The plan's outputs under their names outside, and the values named in `keep` under their own."""
+        """The plan's outputs under their names outside, and the values named in `keep` under their own.
+
+        `in_front_of` has what is to be called before the nodes with these numbers, of those there are.
+        """
         values = dict(inputs)
         kept: dict[str, torch.Tensor] = {}
         # Some 170 nodes a step, and a CPU waits for each: what is done here for one counts.
-        for run, reads, weights, makes, attrs, needs_step, releases in self._calls:
+        for number, (run, reads, weights, makes, attrs, needs_step, releases) in enumerate(self._calls):
+            if in_front_of and number in in_front_of:
+                in_front_of[number]()
             operands = [values[name] for name in reads]
             made = run(*operands, *weights, step=step, **attrs) if needs_step else run(*operands, *weights, **attrs)
             if len(makes) == 1:

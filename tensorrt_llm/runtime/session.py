@@ -5,9 +5,10 @@ Knows what a step reads and writes; which sequences take part, and which tokens 
 
 import logging
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -105,7 +106,7 @@ class Session:
         self._graphs: StepGraphs | None = None
         if self.device.type == "cuda" and use_cuda_graphs and not reference:
             pool = CudaGraphPool(self.device)
-            self._graphs = StepGraphs(self._run_step, pool.capture, self.config.limits, self.device)
+            self._graphs = StepGraphs(self._run_step, pool, self.config.limits, self.device)
 
     @torch.inference_mode()
     def run(self, batch: Batch, sampled_ids: torch.Tensor | None = None) -> torch.Tensor:
@@ -134,11 +135,13 @@ class Session:
         made = self._execute(pack(batch, self.device), keep=set(self.plan.marks.values()))
         return {name: made[tensor] for name, tensor in self.plan.marks.items() if tensor in made}
 
-    def _run_step(self, inputs: StepInputs) -> torch.Tensor:
-        return self._execute(inputs)["logits"]
+    def _run_step(
+        self, inputs: StepInputs, in_front_of: Mapping[int, Callable[[], None]] | None = None
+    ) -> torch.Tensor:
+        return self._execute(inputs, in_front_of=in_front_of)["logits"]
 
-    def _execute(self, inputs: StepInputs, keep: Collection[str] = ()) -> dict[str, torch.Tensor]:
-        return self._executor.run(inputs.tensors | self._pools, inputs.shape, keep)
+    def _execute(self, inputs: StepInputs, **options: Any) -> dict[str, torch.Tensor]:
+        return self._executor.run(inputs.tensors | self._pools, inputs.shape, **options)
 
     def _allocate_pools(self) -> dict[str, torch.Tensor]:
         return {

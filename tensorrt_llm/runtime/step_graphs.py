@@ -17,13 +17,13 @@ logits of whole prompts are not for graphs.
 import logging
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from ..limits import Limits
 from .batch import Batch
-from .cuda_graph import Captured
+from .cuda_graph import Captured, CudaGraphPool
 from .step_inputs import Room, StepBuffer, StepInputs, to_arrays
 from .step_sizes import decodes_size, mixed_sizes, prompt_sizes
 
@@ -33,6 +33,9 @@ logger = logging.getLogger(__name__)
 _CONTEXT_STEP = 4
 # 1000 requests of a chat's lengths, 256 at a time, meet some dozens of rooms in 300 to 400 mixed steps.
 _MOST_MIXED_GRAPHS = 64
+# A prompt's step is captured in three graphs, of one layer or so, of five, and of the rest: somebody waits for it, and
+# each is launched while the one in front of it is computed. Other steps are launched while the step before is computed.
+_FIRST_NODES_OF_PIECES = (8, 48)
 
 
 class _Graph(NamedTuple):
@@ -43,6 +46,8 @@ class _Graph(NamedTuple):
 class StepGraphs:
     """`run(inputs) -> logits`, replayed where a graph was captured of it.
 
+    `run` takes `in_front_of` as the executor does: what to call in front of which nodes.
+
     Decodes follow each other in the same room, and after a short prompt somebody waits for the first token: they are
     captured behind the first run. Mixed steps are captured and replayed when their room comes for the second time, as
     many of them as there is room for; a step that is launched kernel by kernel is slow, and not wrong.
@@ -50,13 +55,13 @@ class StepGraphs:
 
     def __init__(
         self,
-        run: Callable[[StepInputs], torch.Tensor],
-        capture: Callable[[Callable[[], torch.Tensor]], Captured],
+        run: Callable[..., torch.Tensor],
+        pool: CudaGraphPool,
         limits: Limits,
         device: torch.device,
     ) -> None:
         self._run = run
-        self._capture_function = capture
+        self._pool = pool
         self._limits = limits
         self._device = device
         self._graphs: dict[Room, _Graph] = {}
@@ -85,8 +90,8 @@ class StepGraphs:
     def _new_buffer(self, room: Room) -> StepBuffer:
         return StepBuffer(room, self._limits.max_batch_size, self._device)
 
-    def _run_in(self, room: Room, buffer: StepBuffer) -> torch.Tensor:
-        return self._run(StepInputs(buffer.tensors(), room.shape(self._limits.tokens_per_block)))
+    def _run_in(self, room: Room, buffer: StepBuffer, **options: Any) -> torch.Tensor:
+        return self._run(StepInputs(buffer.tensors(), room.shape(self._limits.tokens_per_block)), **options)
 
     def _capture_if_due(self, room: Room) -> _Graph | None:
         """The new graph of a mixed room that has come before."""
@@ -105,7 +110,10 @@ class StepGraphs:
 
     def _capture(self, room: Room, buffer: StepBuffer) -> _Graph:
         started = time.perf_counter()
-        graph = self._graphs[room] = _Graph(buffer, self._capture_function(lambda: self._run_in(room, buffer)))
+        cuts = () if room.num_decodes else _FIRST_NODES_OF_PIECES
+        in_front_of = dict.fromkeys(cuts, self._pool.cut)
+        captured = self._pool.capture(lambda: self._run_in(room, buffer, in_front_of=in_front_of))
+        graph = self._graphs[room] = _Graph(buffer, captured)
         logger.info(
             "captured a graph of %d prompt tokens and %d decodes in %.0f ms, %d graphs now",
             room.num_context_tokens,

@@ -332,6 +332,10 @@ class FakePool:
     def __init__(self) -> None:
         self.num_captured = 0
         self.num_replayed = 0
+        self.num_cuts = 0
+
+    def cut(self) -> None:
+        self.num_cuts += 1
 
     def capture(self, run: Callable[[], torch.Tensor]) -> Captured:
         self.num_captured += 1
@@ -346,7 +350,7 @@ class FakePool:
 
 def with_graphs(session: Session) -> FakePool:
     pool = FakePool()
-    session._graphs = StepGraphs(session._run_step, pool.capture, LIMITS, CPU)
+    session._graphs = StepGraphs(session._run_step, pool, LIMITS, CPU)  # type: ignore[arg-type]
     return pool
 
 
@@ -365,6 +369,23 @@ def test_decodes_and_prompts_are_captured_at_once_and_mixed_steps_at_their_secon
         counts.append((pool.num_captured, pool.num_replayed))
     # The prompt of 40 tokens beside which the others come is captured first, and replayed from then on.
     assert counts == [(1, 0), (2, 2), (2, 4), (2, 5), (2, 7)]
+
+
+@pytest.mark.parametrize(("nodes", "cuts"), [((2, 5), 2), ((2, 1000), 1)])
+def test_a_prompt_is_launched_in_pieces(monkeypatch: pytest.MonkeyPatch, nodes: tuple[int, int], cuts: int) -> None:
+    monkeypatch.setattr(step_graphs, "_FIRST_NODES_OF_PIECES", nodes)
+    session, requests = make_session(), make_requests((40, 7))
+    pool = with_graphs(session)
+    for request in requests:
+        prefill(session, [request])
+    assert (pool.num_captured, pool.num_replayed, pool.num_cuts) == (2, 0, 0)
+    for request in requests:
+        prefill(session, [request])
+    assert (pool.num_replayed, pool.num_cuts) == (2, 2 * cuts)
+    one_mixed_step(session, 9)
+    session.run(decodes(requests))
+    session.run(decodes(requests))
+    assert (pool.num_replayed, pool.num_cuts) == (4, 3 * cuts)
 
 
 def test_what_a_step_gives_does_not_depend_on_whether_its_graph_was_there() -> None:

@@ -232,7 +232,7 @@ _SOME = _Cut(256, 16, 3, 2)
 # take long to be weighed. Alone, tiles of 32 take 4.4 us for 192 tokens, these 4.9; in the model they cost up to 1.7 %
 # of a step (H100).
 _FEW_SHORT = _Cut(16, 16, 0, 2, is_early=True)
-# Of 1090 tokens 736 programs, which run at once, eight on an SM. A step of a 7B model in INT8 takes 2467 us for one such
+# Of 1090 tokens 736 programs, which run at once, eight on an SM. A step of a 7B model in INT8 takes 2467 us for such a
 # sequence, 2522 in splits of 64 by four warps, four on an SM; 3204 and 3374 for four (H200). Held in one tile of 64 or
 # in four of 16, those are the same; splits of 80 or 96 by four warps take 2491 and 2472, of 32 by two 2534.
 _FEW_LONG = _Cut(48, 16, 0, 2, is_early=True)
