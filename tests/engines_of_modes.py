@@ -8,9 +8,9 @@ import torch
 from compiling.compile_model import compile_model
 from models_for_tests import LIMITS, make_config
 
-from tensorrt_llm import Builder, Engine, Mapping
+from tensorrt_llm import Builder, Engine, Limits, Mapping
 from tensorrt_llm.dtype import torch_dtype
-from tensorrt_llm.models import QWenForCausalLM, quantize_model
+from tensorrt_llm.models import QWenConfig, QWenForCausalLM, quantize_model
 from tensorrt_llm.quantization import QuantMode
 
 # Wide enough for two groups of 32 columns.
@@ -35,6 +35,23 @@ def engine_of_mode(
         parameter.value = torch.full(parameter.shape, int(kind.is_floating_point), dtype=kind)
     engine = compile_model(model, LIMITS)
     return Engine(replace(engine.config, quant_algo=algo), engine.plan, engine.weights)
+
+
+def random_engine(mode: QuantMode, config: QWenConfig, limits: Limits, *, batch_invariant: bool = False) -> Engine:
+    """In float16. Random weights, integers and scales, of a size that keeps activations as large as they are."""
+    model = quantize_model(QWenForCausalLM(config, "float16"), mode)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        kind = torch_dtype(parameter.dtype)
+        if not kind.is_floating_point:
+            parameter.value = torch.randint(torch.iinfo(kind).min, 127, parameter.shape, generator=generator).to(kind)
+        elif name.endswith("scale"):
+            parameter.value = torch.full(parameter.shape, 1 / 1200 if mode == QuantMode.use_weight_only() else 1 / 80)
+        else:
+            noise = torch.randn(parameter.shape, generator=generator)
+            noise = noise / parameter.shape[1] ** 0.5 if noise.dim() == 2 else 1 + 0.2 * noise
+            parameter.value = noise.to(kind)
+    return compile_model(model, limits, batch_invariant=batch_invariant)
 
 
 def write_engine(engine: Engine, folder: Path) -> Path:

@@ -4,12 +4,10 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from compiling.compile_model import compile_model
+from engines_of_modes import random_engine
 from models_for_tests import make_config
 
-from tensorrt_llm import Engine, Limits
-from tensorrt_llm.dtype import torch_dtype
-from tensorrt_llm.models import QWenForCausalLM, quantize_model
+from tensorrt_llm import Limits
 from tensorrt_llm.quantization import QuantMode
 from tensorrt_llm.runtime import GenerationSession, SamplingConfig, Session
 
@@ -35,23 +33,6 @@ MODES = {
 }
 
 
-def engine_of(mode: QuantMode, *, batch_invariant: bool) -> Engine:
-    """Random weights, integers and scales, of a size that keeps activations as large as they are."""
-    model = quantize_model(QWenForCausalLM(CONFIG, "float16"), mode)
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in model.named_parameters():
-        kind = torch_dtype(parameter.dtype)
-        if not kind.is_floating_point:
-            parameter.value = torch.randint(torch.iinfo(kind).min, 127, parameter.shape, generator=generator).to(kind)
-        elif name.endswith("scale"):
-            parameter.value = torch.full(parameter.shape, 1 / 1200 if mode == MODES["int8"] else 1 / 80)
-        else:
-            noise = torch.randn(parameter.shape, generator=generator)
-            noise = noise / parameter.shape[1] ** 0.5 if noise.dim() == 2 else 1 + 0.2 * noise
-            parameter.value = noise.to(kind)
-    return compile_model(model, LIMITS, batch_invariant=batch_invariant)
-
-
 def logits_of(session: GenerationSession, prompts: Sequence[list[int]]) -> list[torch.Tensor]:
     config = SamplingConfig(max_new_tokens=8, end_id=None, gather_generation_logits=True, return_dict=True)
     output: list[torch.Tensor] = session.decode_batch(prompts, config)["generation_logits"]
@@ -70,7 +51,7 @@ def test_two_runs_give_the_same_bits(mode: str) -> None:
     prompts = make_prompts()
     runs = []
     for _ in range(2):
-        session = GenerationSession(Session(engine_of(MODES[mode], batch_invariant=False), "cuda"))
+        session = GenerationSession(Session(random_engine(MODES[mode], CONFIG, LIMITS), "cuda"))
         runs.append(torch.cat(logits_of(session, prompts)))
     assert torch.equal(*runs)
 
@@ -78,7 +59,7 @@ def test_two_runs_give_the_same_bits(mode: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", MODES)
 def test_a_prompt_has_the_same_bits_alone_and_among_64(mode: str) -> None:
-    session = GenerationSession(Session(engine_of(MODES[mode], batch_invariant=True), "cuda"))
+    session = GenerationSession(Session(random_engine(MODES[mode], CONFIG, LIMITS, batch_invariant=True), "cuda"))
     prompts = make_prompts()
     together = logits_of(session, prompts)
     for index in (0, 7, 33, 63):
