@@ -20,7 +20,13 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(params=["cpu", "cpu without C", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "cpu without C":
+        monkeypatch.setattr("tensorrt_llm.kernels.cpu.native_kernels", dict)
+    return str(request.param.split()[0])
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_pieces_without_logits_leave_the_last_one_what_it_needs(mode: str, device: str) -> None:
     engine = random_engine(MODES[mode], CONFIG, LIMITS)

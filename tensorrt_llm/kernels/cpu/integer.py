@@ -158,5 +158,5 @@ def _digits(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _join(sums: torch.Tensor, tokens: int) -> torch.Tensor:
     """int32 [3 T, n] sums over digits -> float32 [T, n]."""
-    high, middle, low = sums.float().split(tokens)
+    high, middle, low = sums.float().view(3, tokens, sums.shape[1])
     return high.mul_(65536).add_(middle, alpha=256).add_(low)
