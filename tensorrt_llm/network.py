@@ -181,9 +181,13 @@ class Network:
         """The nodes that read `tensor`."""
         return [node for node in self.nodes if any(read is tensor for read in node.inputs)]
 
+    def is_output(self, tensor: Tensor) -> bool:
+        """Whether `tensor` is an output of the network, whose dtype and shape others rely on."""
+        return any(seen is tensor for seen in self.outputs.values())
+
     def is_visible(self, tensor: Tensor) -> bool:
         """Whether something outside the nodes looks at `tensor`: an output or a mark."""
-        return any(seen is tensor for seen in (*self.outputs.values(), *self.marks.values()))
+        return self.is_output(tensor) or any(seen is tensor for seen in self.marks.values())
 
     def replace(self, old: Tensor, new: Tensor) -> None:
         """Let everything that reads `old` read `new`."""

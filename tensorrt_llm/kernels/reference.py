@@ -106,8 +106,8 @@ def gated_mlp(x: torch.Tensor, fc: torch.Tensor, gate: torch.Tensor, *, dtype: s
 
 
 def gather_last_token(x: torch.Tensor, last_token_ids: torch.Tensor, *, step: StepShape) -> torch.Tensor:
-    """Rows of x [T, hidden] picked by last_token_ids int [N], counted from 0: in a step of decodes each, in order."""
-    return x[last_token_ids.long()]
+    """Rows of x [T, hidden] picked by last_token_ids int [N], counted from 0: in a step of decodes all, as they are."""
+    return x[last_token_ids.long()] if step.num_contexts else x
 
 
 def ntk_alpha(context_length: int, trained_length: int) -> int:

@@ -7,17 +7,20 @@ tokens. A step of decodes wants all rows, and gathers nothing.
 
 from ..network import Network, Node, Tensor
 
-# Whatever mixes tokens, or is one for each of them by nature, stays: attention, and the embedding.
+# Attention mixes tokens, and an embedding reads no rows. What other passes fuse comes later.
 _ROW_BY_ROW = frozenset(
     {
         "add",
+        "allreduce",
         "cast",
         "gated_mlp",
         "matmul",
         "mul",
+        "permute_columns",
         "quantize_per_token",
         "quantize_tensor",
         "rms_norm",
+        "scale_columns",
         "silu",
         "smooth_quant_gated_mlp",
         "smooth_quant_gemm",
@@ -43,13 +46,11 @@ def _read_through(network: Network, gather: Node) -> list[Node]:
     found: list[Node] = []
     for node in reversed(network.nodes[: network.nodes.index(gather)]):
         users = [user for made in node.outputs for user in network.users(made)]
-        is_output = any(made is seen for made in node.outputs for seen in network.outputs.values())
         if (
             node.op in _ROW_BY_ROW
             and _is_by_row(node.outputs[0], gather)
-            and not is_output
-            and users
             and all(user is gather or user in found for user in users)
+            and not any(network.is_output(made) for made in node.outputs)
         ):
             found.append(node)
     return found[::-1]

@@ -16,6 +16,9 @@ from ..kernels import Kernel, StepShape, reference_kernels
 from ..plan import Plan, PlanNode
 from .weight_stream import read_ahead
 
+# What to call before the nodes with these numbers.
+InFrontOf = Mapping[int, Callable[[], None]] | None
+
 
 class Call(NamedTuple):
     """A node bound to its kernel."""
@@ -52,11 +55,11 @@ class Executor:
         inputs: Mapping[str, torch.Tensor],
         step: StepShape,
         keep: Collection[str] = (),
-        in_front_of: Mapping[int, Callable[[], None]] | None = None,
+        in_front_of: InFrontOf = None,
     ) -> dict[str, torch.Tensor]:
         """The plan's outputs under their names outside, and the values named in `keep` under their own.
 
-        `in_front_of` has what is to be called before the nodes with these numbers, of those there are.
+        `in_front_of` may name nodes that the plan has not.
         """
         values = dict(inputs)
         kept: dict[str, torch.Tensor] = {}

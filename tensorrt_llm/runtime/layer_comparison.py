@@ -72,7 +72,7 @@ def _run(engine: Engine, prompt_ids: Sequence[int], device: str | None, referenc
     session = Session(engine, device, kv_cache_tokens=len(prompt_ids), reference=reference, use_cuda_graphs=False)
     request = Request(0, list(prompt_ids), SamplingConfig().for_sequence(0, 1))
     request.blocks = list(range(1, session.num_blocks))  # block 0 is scratch
-    # All tokens have logits, so that the last layer computes all of them.
+    # With logits of every token, as the last layer computes no other rows than those that have some.
     values = session.run_marked(Batch((Row(request, start=0, length=len(prompt_ids), num_logits=len(prompt_ids)),)))
     return {name: value.cpu() for name, value in values.items()}
 

@@ -5,10 +5,9 @@ Knows what a step reads and writes; which sequences take part, and which tokens 
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -17,7 +16,7 @@ from ..engine import Engine, EngineConfig
 from ..kernels import compiler_starting, kernels_for, reference_kernels
 from .batch import Batch
 from .cuda_graph import CudaGraphPool
-from .executor import Executor
+from .executor import Executor, InFrontOf
 from .step_graphs import StepGraphs, room_for
 from .step_inputs import StepInputs, pack
 from .stored_tactics import stored_tactics
@@ -135,13 +134,13 @@ class Session:
         made = self._execute(pack(batch, self.device), keep=set(self.plan.marks.values()))
         return {name: made[tensor] for name, tensor in self.plan.marks.items() if tensor in made}
 
-    def _run_step(
-        self, inputs: StepInputs, in_front_of: Mapping[int, Callable[[], None]] | None = None
-    ) -> torch.Tensor:
-        return self._execute(inputs, in_front_of=in_front_of)["logits"]
+    def _run_step(self, inputs: StepInputs, in_front_of: InFrontOf = None) -> torch.Tensor:
+        return self._execute(inputs, (), in_front_of)["logits"]
 
-    def _execute(self, inputs: StepInputs, **options: Any) -> dict[str, torch.Tensor]:
-        return self._executor.run(inputs.tensors | self._pools, inputs.shape, **options)
+    def _execute(
+        self, inputs: StepInputs, keep: Collection[str], in_front_of: InFrontOf = None
+    ) -> dict[str, torch.Tensor]:
+        return self._executor.run(inputs.tensors | self._pools, inputs.shape, keep, in_front_of)
 
     def _allocate_pools(self) -> dict[str, torch.Tensor]:
         return {

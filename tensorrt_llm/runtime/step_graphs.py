@@ -17,13 +17,14 @@ logits of whole prompts are not for graphs.
 import logging
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
 from ..limits import Limits
 from .batch import Batch
-from .cuda_graph import Captured, CudaGraphPool
+from .cuda_graph import Captured
+from .executor import InFrontOf
 from .step_inputs import Room, StepBuffer, StepInputs, to_arrays
 from .step_sizes import decodes_size, mixed_sizes, prompt_sizes
 
@@ -33,7 +34,7 @@ logger = logging.getLogger(__name__)
 _CONTEXT_STEP = 4
 # 1000 requests of a chat's lengths, 256 at a time, meet some dozens of rooms in 300 to 400 mixed steps.
 _MOST_MIXED_GRAPHS = 64
-# A prompt's step is captured in three graphs, of one layer or so, of five, and of the rest: somebody waits for it, and
+# A prompt's step is captured in three graphs, of a layer, of some five, and of the rest: somebody waits for it, and
 # each is launched while the one in front of it is computed. Other steps are launched while the step before is computed.
 _FIRST_NODES_OF_PIECES = (8, 48)
 
@@ -43,10 +44,18 @@ class _Graph(NamedTuple):
     captured: Captured
 
 
+class GraphPool(Protocol):
+    """Where graphs are captured: cuda_graph.CudaGraphPool."""
+
+    def capture(self, run: Callable[[], torch.Tensor]) -> Captured: ...
+
+    def cut(self) -> None: ...
+
+
 class StepGraphs:
     """`run(inputs) -> logits`, replayed where a graph was captured of it.
 
-    `run` takes `in_front_of` as the executor does: what to call in front of which nodes.
+    `run` also takes what to call in front of which nodes, as the executor does.
 
     Decodes follow each other in the same room, and after a short prompt somebody waits for the first token: they are
     captured behind the first run. Mixed steps are captured and replayed when their room comes for the second time, as
@@ -55,8 +64,8 @@ class StepGraphs:
 
     def __init__(
         self,
-        run: Callable[..., torch.Tensor],
-        pool: CudaGraphPool,
+        run: Callable[[StepInputs, InFrontOf], torch.Tensor],
+        pool: GraphPool,
         limits: Limits,
         device: torch.device,
     ) -> None:
@@ -90,8 +99,8 @@ class StepGraphs:
     def _new_buffer(self, room: Room) -> StepBuffer:
         return StepBuffer(room, self._limits.max_batch_size, self._device)
 
-    def _run_in(self, room: Room, buffer: StepBuffer, **options: Any) -> torch.Tensor:
-        return self._run(StepInputs(buffer.tensors(), room.shape(self._limits.tokens_per_block)), **options)
+    def _run_in(self, room: Room, buffer: StepBuffer, in_front_of: InFrontOf = None) -> torch.Tensor:
+        return self._run(StepInputs(buffer.tensors(), room.shape(self._limits.tokens_per_block)), in_front_of)
 
     def _capture_if_due(self, room: Room) -> _Graph | None:
         """The new graph of a mixed room that has come before."""
@@ -110,9 +119,8 @@ class StepGraphs:
 
     def _capture(self, room: Room, buffer: StepBuffer) -> _Graph:
         started = time.perf_counter()
-        cuts = () if room.num_decodes else _FIRST_NODES_OF_PIECES
-        in_front_of = dict.fromkeys(cuts, self._pool.cut)
-        captured = self._pool.capture(lambda: self._run_in(room, buffer, in_front_of=in_front_of))
+        cuts = None if room.num_decodes else dict.fromkeys(_FIRST_NODES_OF_PIECES, self._pool.cut)
+        captured = self._pool.capture(lambda: self._run_in(room, buffer, cuts))
         graph = self._graphs[room] = _Graph(buffer, captured)
         logger.info(
             "captured a graph of %d prompt tokens and %d decodes in %.0f ms, %d graphs now",

@@ -48,7 +48,10 @@ def _stream_down(device: torch.device) -> torch.cuda.Stream:
 
 
 class Download:
-    """A tensor on its way to the host, beside what the device is given later. On the CPU it is there."""
+    """A tensor on its way to the host, beside what the device is given later. On the CPU it is there.
+
+    Nobody may write to the tensor any more; a graph's result, which every replay writes, is none to download.
+    """
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self._host = tensor

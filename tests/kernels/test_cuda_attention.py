@@ -258,7 +258,7 @@ def test_a_prompt_has_the_same_bits_in_any_pieces(device: torch.device, dtype: t
 # for few and many there are others for short ones.
 @pytest.mark.parametrize(
     "lengths",
-    [[7, 8, 9, 31, 32, 33, 63, 64, 65, 128, 129, 256, 257, 512], [33, 257, 513, 2048, 2049]],
+    [[7, 8, 9, 31, 32, 33, 63, 64, 65, 128, 129, 256, 257, 512], [33, 257, 513, 528, 529, 2048, 2049]],
     ids=["", "long"],
 )
 @pytest.mark.parametrize("is_int8", [False, True])

@@ -1,9 +1,11 @@
 """What each pass does to the printed graph, what it leaves alone, and that results stay what they were."""
 
 import re
+from typing import Any
 
 import pytest
 import torch
+from engines_of_modes import engine_of_mode
 from models_for_tests import describe_config, make_config
 
 from tensorrt_llm import Network, Parameter, Tensor, net_guard
@@ -24,8 +26,10 @@ from tensorrt_llm.passes.fuse_add_rms_norm import fuse_add_rms_norm
 from tensorrt_llm.passes.fuse_embedding_cast import fuse_embedding_cast
 from tensorrt_llm.passes.fuse_gated_mlp import fuse_gated_mlp
 from tensorrt_llm.passes.fuse_norm_quantize import fuse_norm_quantize
-from tensorrt_llm.passes.gather_early import gather_early
+from tensorrt_llm.passes.gather_early import _ROW_BY_ROW, gather_early
 from tensorrt_llm.passes.simplify import simplify
+from tensorrt_llm.plan import Plan
+from tensorrt_llm.quantization import QuantMode
 from tensorrt_llm.quantization.functional import quantize_per_token
 from tensorrt_llm.runtime.executor import Executor
 
@@ -189,6 +193,24 @@ def test_an_embedding_is_made_in_the_dtype_that_it_is_cast_to(network: Network) 
     assert [node.outputs[0].dtype for node in network.nodes] == ["float16", "float32"]
 
 
+def test_a_mark_on_a_cast_embedding_shows_the_wider_one(network: Network) -> None:
+    with net_guard(network):
+        rows = embedding(Tensor("ids", "int32", ["num_tokens"]), weight(network, "table", 11, 4, dtype="float16"))
+        network.mark("seen", rows)
+        cast(rows, "float32").mark_output("wide")
+    assert fuse_embedding_cast(network) == 1
+    network.verify()
+    assert network.marks["seen"] is network.outputs["wide"]
+
+
+def test_an_embedding_that_is_an_output_keeps_its_dtype(network: Network) -> None:
+    with net_guard(network):
+        rows = embedding(Tensor("ids", "int32", ["num_tokens"]), weight(network, "table", 11, 4, dtype="float16"))
+        rows.mark_output("narrow")
+        cast(rows, "float32").mark_output("wide")
+    assert fuse_embedding_cast(network) == 0
+
+
 def test_an_embedding_with_another_reader_stays_as_it_is(network: Network) -> None:
     with net_guard(network):
         rows = embedding(Tensor("ids", "int32", ["num_tokens"]), weight(network, "table", 11, 4, dtype="float16"))
@@ -295,13 +317,38 @@ def test_weights_and_what_is_made_of_them_have_no_rows_to_gather(network: Networ
 
 @pytest.mark.parametrize("num_layers", [1, 3])
 def test_of_a_model_the_last_layer_is_computed_for_the_rows_that_are_wanted(num_layers: int) -> None:
-    network = describe_config(make_config(num_hidden_layers=num_layers), optimized=True)
-    behind = 1 + max(index for index, node in enumerate(network.nodes) if node.op == "gpt_attention")
-    rows = [
-        {made.shape[0] for node in nodes for made in node.outputs}
-        for nodes in (network.nodes[:behind], network.nodes[behind:])
-    ]
-    assert rows == [{"num_tokens"}, {"num_logits"}]
+    assert_last_layer_is_of_wanted_rows(describe_config(make_config(num_hidden_layers=num_layers), optimized=True))
+
+
+@pytest.mark.parametrize(
+    ("mode", "layout"),
+    [
+        (QuantMode.use_weight_only(), {"quantize_lm_head": True}),
+        (QuantMode.use_weight_only(use_int4_weights=True, per_group=True), {"group_size": 32, "pre_quant_scale": True}),
+        (QuantMode.use_weight_only(use_int4_weights=True, per_group=True), {"group_size": 32, "act_order": True}),
+        (QuantMode.use_smooth_quant(), {}),
+        (QuantMode.use_smooth_quant(per_token=True, per_channel=True), {}),
+    ],
+    ids=str,
+)
+def test_so_it_is_in_every_quantized_format(mode: QuantMode, layout: dict[str, Any]) -> None:
+    assert_last_layer_is_of_wanted_rows(engine_of_mode(mode, dtype="float16", **layout).plan)
+
+
+def assert_last_layer_is_of_wanted_rows(network: Network | Plan) -> None:
+    nodes = list(network.nodes)
+    behind = 1 + max(index for index, node in enumerate(nodes) if node.op == "gpt_attention")
+    before, after = (
+        {made.shape[0] for node in part for made in node.outputs} for part in (nodes[:behind], nodes[behind:])
+    )
+    assert "num_logits" not in before and "num_tokens" not in after
+
+
+def test_every_op_is_row_by_row_or_known_not_to_be() -> None:
+    """Whoever adds an op says here which it is."""
+    others = {"embedding", "gather_last_token", "gpt_attention"}
+    made_by_later_passes = {"add_rms_norm", "add_rms_norm_quantize", "rms_norm_quantize"}
+    assert _ROW_BY_ROW - {"allreduce"} == set(reference_kernels()) - others - made_by_later_passes
 
 
 # simplify

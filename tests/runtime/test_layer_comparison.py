@@ -23,6 +23,12 @@ def test_tensors_come_in_network_order() -> None:
     assert names == ["embedding", "layers.0.attention", "layers.0.mlp", "layers.0.output", "logits"]
 
 
+def test_every_tensor_is_compared_in_all_tokens_of_the_prompt() -> None:
+    """Of the last layer too, which in use computes the rows whose logits are wanted."""
+    rows = compare_layers(make_engine(make_config(num_hidden_layers=2)), PROMPT, "cpu")
+    assert {row.shape[0] for row in rows} == {len(PROMPT)}
+
+
 def test_a_fault_shows_first_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "logn_scale", lambda *_: torch.tensor([2.0]))
     rows = compare_layers(make_engine(make_config(num_hidden_layers=2)), PROMPT, "cpu")

@@ -350,7 +350,7 @@ class FakePool:
 
 def with_graphs(session: Session) -> FakePool:
     pool = FakePool()
-    session._graphs = StepGraphs(session._run_step, pool, LIMITS, CPU)  # type: ignore[arg-type]
+    session._graphs = StepGraphs(session._run_step, pool, LIMITS, CPU)
     return pool
 
 

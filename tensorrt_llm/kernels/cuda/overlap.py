@@ -12,9 +12,9 @@ all (norms, RoPE, sums), and for those that have something to read meanwhile (ri
 tiles of tensor cores that read nothing before the wait, gain 1 to 3 % of a step by it, or lose: those that come early
 gather on the few multiprocessors that are free first, and the others then idle. Of ten layers of a 7B model (H100),
 8 tokens take 6.7 % longer with such early tiles of int8 and 2.7 % longer with float16, but 3.3 % less with int4; 32
-tokens take 2.3 to 3.4 % less time in all three. Attention starts early only where a few sequences have a tile for each
-program: for a short one INT8 takes half a percent less time, for one of 1050 tokens INT4 takes 1.3 % less and others as
-long as before; for 8 and 16 sequences it takes longer, or as long.
+tokens take 2.3 to 3.4 % less time in all three. Attention starts early only where a program holds its split of one of a
+few sequences: for a short one INT8 takes half a percent less time, for one of 1050 tokens INT4 takes 1.3 % less and
+others as long as before; for 8 and 16 sequences it takes longer, or as long.
 
 Only NVIDIA's compute capability 9.0 and later has it. Elsewhere, and in Triton's interpreter, both calls are nothing.
 """
