@@ -273,10 +273,11 @@ def multiply_on_warpgroups() -> Iterator[tuple[str, Callable[[], None]]]:
 
 def multiply_plain_on_warpgroups() -> Iterator[tuple[str, Callable[[], None]]]:
     """Every tile of operands that are multiplied as they are: the gated MLP, and projections with bias."""
-    for (token_tile, row_tile), dtype in product(
-        ((128, 128), (128, 192), (256, 128), (256, 192)), (torch.float16, torch.bfloat16, torch.int8)
+    for (token_tile, row_tile), (dtype, num_splits) in product(
+        ((128, 128), (128, 192), (256, 128), (256, 192)),
+        ((torch.float16, 1), (torch.bfloat16, 2), (torch.int8, 1), (torch.int8, 2)),
     ):
-        tactic, name = Tactic("wgmma", token_tile, row_tile, num_splits=2 if dtype == torch.bfloat16 else 1), str(dtype)
+        tactic, name = Tactic("wgmma", token_tile, row_tile, num_splits=num_splits), str(dtype)
         x = empty(256, 4096, dtype=dtype)
         if dtype == torch.float16:
             tactics = Tactics({(MatmulShape("gated_mlp", 22016, 4096, dtype), 256): tactic})
@@ -290,7 +291,7 @@ def multiply_plain_on_warpgroups() -> Iterator[tuple[str, Callable[[], None]]]:
             weight, bias = empty(4096, 4096, dtype=dtype), empty(4096, dtype=torch.float16)
             operands = x, empty(256, 1), weight, empty(4096), bias
             call = partial(smooth_quant_gemm_by, tactics, *operands, dtype="float16")
-        yield f"plain_{token_tile}_{row_tile}_{name.removeprefix('torch.')}", call
+        yield f"plain_{token_tile}_{row_tile}_{name.removeprefix('torch.')}_{num_splits}", call
 
 
 def multiply_integers(tokens: int, dtype: str) -> None:

@@ -182,9 +182,9 @@ def test_products_on_warpgroups_do_not_wait_for_each_other(compiled: dict[str, d
 
 def test_plain_products_on_warpgroups_wait_once_for_each_stage(compiled: dict[str, dict[str, Any]]) -> None:
     tiles = {case: facts["_wgmma_plain"] for case, facts in compiled.items() if case.startswith("plain_")}
-    assert len(tiles) == 12
+    assert len(tiles) == 16
     for case, facts in tiles.items():
-        _, token_tile, row_tile, dtype = case.split("_")
+        _, token_tile, row_tile, dtype, _ = case.split("_")
         consumers, is_integer = int(row_tile) // 64, dtype == "int8"
         tokens = min(int(token_tile), 128) if is_integer or consumers == 3 else int(token_tile)
         opcode = f"IGMMA.64x{tokens}x32.S8.S8" if is_integer else f"HGMMA.64x{tokens}x16.F32"
