@@ -25,6 +25,16 @@ CONFIG = make_config(
 )
 
 
+# By name, for tests of what all of them have in common.
+MODES = {
+    "float": QuantMode(0),
+    "int8": QuantMode.use_weight_only(),
+    "int4": QuantMode.use_weight_only(use_int4_weights=True),
+    "int8_kv": QuantMode.INT8_KV_CACHE,
+    "smooth": QuantMode.use_smooth_quant(per_token=True, per_channel=True),
+}
+
+
 def engine_of_mode(
     mode: QuantMode, algo: str = "", dtype: str = "float32", mapping: Mapping | None = None, **layout: Any
 ) -> Engine:
@@ -46,7 +56,7 @@ def random_engine(mode: QuantMode, config: QWenConfig, limits: Limits, *, batch_
         if not kind.is_floating_point:
             parameter.value = torch.randint(torch.iinfo(kind).min, 127, parameter.shape, generator=generator).to(kind)
         elif name.endswith("scale"):
-            parameter.value = torch.full(parameter.shape, 1 / 1200 if mode == QuantMode.use_weight_only() else 1 / 80)
+            parameter.value = torch.full(parameter.shape, 1 / 1200 if mode == MODES["int8"] else 1 / 80)
         else:
             noise = torch.randn(parameter.shape, generator=generator)
             noise = noise / parameter.shape[1] ** 0.5 if noise.dim() == 2 else 1 + 0.2 * noise

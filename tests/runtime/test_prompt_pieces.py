@@ -1,7 +1,7 @@
 """A prompt in pieces: behind the last attention, those in front of the last piece have no row to compute."""
 
 import pytest
-from engines_of_modes import CONFIG, random_engine
+from engines_of_modes import CONFIG, MODES, random_engine
 
 from tensorrt_llm import Limits
 from tensorrt_llm.quantization import QuantMode
@@ -10,14 +10,7 @@ from tensorrt_llm.runtime.batch import Batch, Row
 from tensorrt_llm.runtime.request import Request
 
 LIMITS = Limits(max_batch_size=4, max_input_len=48, max_output_len=16, max_num_tokens=128, tokens_per_block=16)
-MODES = {
-    "float": QuantMode(0),
-    "int8": QuantMode.use_weight_only(),
-    "int4": QuantMode.use_weight_only(use_int4_weights=True),
-    "int8_kv": QuantMode.INT8_KV_CACHE,
-    "smooth": QuantMode.use_smooth_quant(per_token=True, per_channel=True),
-    "smooth static": QuantMode.use_smooth_quant(),
-}
+MODES_AND_STATIC = MODES | {"smooth static": QuantMode.use_smooth_quant()}
 
 
 @pytest.fixture(params=["cpu", "cpu without C", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -27,9 +20,9 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     return str(request.param.split()[0])
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", MODES_AND_STATIC)
 def test_pieces_without_logits_leave_the_last_one_what_it_needs(mode: str, device: str) -> None:
-    engine = random_engine(MODES[mode], CONFIG, LIMITS)
+    engine = random_engine(MODES_AND_STATIC[mode], CONFIG, LIMITS)
     request = Request(0, list(range(40)), SamplingConfig().for_sequence(0, 1))
     request.blocks = [1, 2, 3]
     whole, in_pieces = (Session(engine, device, kv_cache_tokens=64, use_cuda_graphs=False) for _ in range(2))

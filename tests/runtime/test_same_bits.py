@@ -4,11 +4,10 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from engines_of_modes import random_engine
+from engines_of_modes import MODES, random_engine
 from models_for_tests import make_config
 
 from tensorrt_llm import Limits
-from tensorrt_llm.quantization import QuantMode
 from tensorrt_llm.runtime import GenerationSession, SamplingConfig, Session
 
 # 64 prompts do not fit into one step, so some of them are computed in pieces.
@@ -24,13 +23,6 @@ CONFIG = make_config(
     seq_length=512,
     max_position_embeddings=512,
 )
-MODES = {
-    "float": QuantMode(0),
-    "int8": QuantMode.use_weight_only(),
-    "int4": QuantMode.use_weight_only(use_int4_weights=True),
-    "int8_kv": QuantMode.INT8_KV_CACHE,
-    "smooth": QuantMode.use_smooth_quant(per_token=True, per_channel=True),
-}
 
 
 def logits_of(session: GenerationSession, prompts: Sequence[list[int]]) -> list[torch.Tensor]:

@@ -41,7 +41,7 @@ from ...dtype import dtype_name, torch_dtype
 from ...quantization.quantize import integers_of
 from ..quantized_reference import split_optional
 from ..tactics import MatmulShape, Tactic, Tactics
-from ..tactics.tactic import cdiv, plane_size
+from ..tactics.tactic import cdiv, plane_size, whole_splits
 from ..tactics.weight_only import stream, tiles, without_warpgroups
 from . import resident_stream, ring_stream, ring_tiles, wgmma_tiles
 from .epilogue import add_splits, interleaved, store_outputs, tile_rows
@@ -482,33 +482,17 @@ def _multiply(
             tactic=tactic, arrivals=arrivals,
         )  # fmt: skip
         return out
-    return _multiply_many(x, weight, bias, dtype, tactic, is_gated, leaves_splits)
-
-
-def _multiply_many(
-    x: torch.Tensor,
-    weight: _Weight,
-    bias: torch.Tensor | None,
-    dtype: str,
-    tactic: Tactic,
-    is_gated: bool,
-    leaves_splits: bool,
-) -> torch.Tensor:
-    """On warpgroups or in tiles."""
-    tokens, num_blocks = len(x), weight.num_blocks
-    if tokens == 0:
-        return _empty_output(0, weight, dtype, is_gated, x.device)
-    num_splits = cdiv(num_blocks, cdiv(num_blocks, tactic.num_splits))  # none is empty
-    if num_splits == 1:
-        out = _empty_output(tokens, weight, dtype, is_gated, x.device)
+    num_splits = whole_splits(weight.num_blocks, tactic.num_splits) if len(x) else 1
+    if num_splits > 1:
+        sums = torch.empty((num_splits, len(x), weight.num_rows), dtype=torch.float32, device=x.device)
+        _launch_many(x, weight, None, sums, False, tactic, num_splits)
+        if leaves_splits and bias is None:
+            return sums
+    out = _empty_output(len(x), weight, dtype, is_gated, x.device)
+    if num_splits > 1:
+        add_splits(sums, bias, out, is_gated=is_gated)
+    elif len(x):
         _launch_many(x, weight, bias, out, is_gated, tactic, 1)
-        return out
-    sums = torch.empty((num_splits, tokens, weight.num_rows), dtype=torch.float32, device=x.device)
-    _launch_many(x, weight, None, sums, False, tactic, num_splits)
-    if leaves_splits and bias is None:
-        return sums
-    out = _empty_output(tokens, weight, dtype, is_gated, x.device)
-    add_splits(sums, bias, out, is_gated=is_gated)
     return out
 
 

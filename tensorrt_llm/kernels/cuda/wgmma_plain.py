@@ -29,7 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda.gdc import gdc_launch_dependents, gdc_wait
 
-from ..tactics.tactic import SHARED_BYTES, Tactic, cdiv
+from ..tactics.tactic import SHARED_BYTES, Tactic, cdiv, whole_splits
 from .epilogue import add_splits, stride_of
 from .warpgroups import LAUNCH_REGISTERS, PIECE, ROWS, by_row, has_warpgroups, pieces_of, staging_of, store_outputs
 
@@ -250,8 +250,7 @@ def sums_of_splits(x: torch.Tensor, weight: torch.Tensor, tactic: Tactic) -> tor
 
 def splits_of(x: torch.Tensor, tactic: Tactic) -> int:
     """Programs that share the depth of a tile, none of them without a block."""
-    num_blocks = _blocks_of(x)
-    return cdiv(num_blocks, cdiv(num_blocks, tactic.num_splits))
+    return whole_splits(_blocks_of(x), tactic.num_splits)
 
 
 def _blocks_of(x: torch.Tensor) -> int:

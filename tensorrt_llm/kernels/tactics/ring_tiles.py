@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
-from .tactic import SHARED_BYTES, MatmulShape, Tactic, next_power_of_2, plane_size
+from .tactic import SHARED_BYTES, MatmulShape, Tactic, cdiv, next_power_of_2, plane_size, whole_splits
 
 _MOST_SPLITS = 8
 # A kind of weight -> tokens at most -> rows, stages, warps, programs that are wanted. Of ten layers of a 7B model on an
@@ -69,11 +69,10 @@ def _tactic(
 ) -> Tactic:
     """Where rows are too few for the programs that are wanted, each is divided into pieces of two stages or more."""
     columns = _COLUMNS[_kind(shape)]
-    num_steps = -(-shape.depth // columns)
-    num_splits = max(1, min(round(wanted_programs / -(-shape.rows // row_tile)), num_steps // 2, _MOST_SPLITS))
-    # What is left when every split has the same number of steps, but for the last.
-    num_splits = -(-num_steps // -(-num_steps // num_splits))
+    num_steps = cdiv(shape.depth, columns)
+    num_splits = max(1, min(round(wanted_programs / cdiv(shape.rows, row_tile)), num_steps // 2, _MOST_SPLITS))
     token_tile = max(8, next_power_of_2(tokens))
+    num_splits = whole_splits(num_steps, num_splits)
     return Tactic("ring_tiles", token_tile, row_tile, columns, num_stages, num_warps, num_splits)
 
 

@@ -65,6 +65,11 @@ def cdiv(number: int, divisor: int) -> int:
     return -(-number // divisor)
 
 
+def whole_splits(num_blocks: int, num_splits: int) -> int:
+    """What is left of `num_splits` when each has the same number of whole blocks, but for the last: none is empty."""
+    return cdiv(num_blocks, cdiv(num_blocks, num_splits))
+
+
 def next_power_of_2(number: int) -> int:
     return 1 << max(number - 1, 0).bit_length()
 

@@ -6,7 +6,7 @@ A Hopper GPU has 132 SMs, and an SM one program after another. No product takes 
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from .tactic import MatmulShape, Tactic
+from .tactic import MatmulShape, Tactic, cdiv
 
 # Products of so many tokens and fewer have other ways.
 MOST_TOKENS_OF_OTHERS = 64
@@ -27,10 +27,10 @@ class TileTimes(NamedTuple):
 
 def split_tiles(shape: MatmulShape, tokens: int, block_columns: int, times: TileTimes) -> list[Tactic]:
     """All tiles, and splits of whole blocks as far as all programs run at once, the fastest first."""
-    num_blocks = -(-shape.depth // block_columns)
+    num_blocks = cdiv(shape.depth, block_columns)
     found = []
     for token_tile, row_tile in times.microseconds:
-        tiles = -(-tokens // token_tile) * -(-shape.rows // row_tile)
+        tiles = cdiv(tokens, token_tile) * cdiv(shape.rows, row_tile)
         splits = range(1, 1 + max(1, min(times.most_splits, num_blocks // times.least_blocks, _SMS // max(tiles, 1))))
         found += [Tactic("wgmma", token_tile, row_tile, num_splits=num_splits) for num_splits in splits]
     return sorted(found, key=lambda tactic: _microseconds(shape, tokens, block_columns, times, tactic))
@@ -40,11 +40,10 @@ def _microseconds(
     shape: MatmulShape, tokens: int, block_columns: int, times: TileTimes, tactic: Tactic
 ) -> tuple[float, float]:
     """Of the product, and, where memory bounds it, of its programs alone."""
-    programs = -(-tokens // tactic.token_tile) * -(-shape.rows // tactic.row_tile) * tactic.num_splits
-    blocks = -(-shape.depth // block_columns)
-    columns = -(-blocks // tactic.num_splits) * block_columns
+    programs = cdiv(tokens, tactic.token_tile) * cdiv(shape.rows, tactic.row_tile) * tactic.num_splits
+    columns = cdiv(cdiv(shape.depth, block_columns), tactic.num_splits) * block_columns
     first, for_a_thousand = times.microseconds[tactic.token_tile, tactic.row_tile]
-    of_programs = -(-programs // _SMS) * (first + for_a_thousand * columns / 1000)
+    of_programs = cdiv(programs, _SMS) * (first + for_a_thousand * columns / 1000)
     weight_megabytes = shape.rows * shape.depth * (shape.bits or 8 * shape.dtype.itemsize) / 8e6
     microseconds = max(of_programs, _KERNEL_US + _WEIGHT_MEGABYTE_US * weight_megabytes)
     if tactic.num_splits > 1:

@@ -17,7 +17,7 @@ from dataclasses import replace
 import torch
 
 from .ring_tiles import ring_tiles, ring_tiles_candidates
-from .tactic import SHARED_BYTES, MatmulShape, Tactic, next_power_of_2, plane_size
+from .tactic import SHARED_BYTES, MatmulShape, Tactic, cdiv, next_power_of_2, plane_size, whole_splits
 from .warpgroups import TileTimes, split_tiles
 
 WIDENED = Tactic("widened")
@@ -125,8 +125,8 @@ def _warpgroups(shape: MatmulShape, tokens: int) -> list[Tactic]:
 def _ring(shape: MatmulShape, row_tile: int, num_stages: int, num_warps: int, programs_per_sm: int | None) -> Tactic:
     num_tiles = 1
     if programs_per_sm:
-        tiles = -(-shape.rows // row_tile)
-        num_tiles = min(-(-tiles // (132 * programs_per_sm)), _MOST_TILES_OF_A_RING)
+        tiles = cdiv(shape.rows, row_tile)
+        num_tiles = min(cdiv(tiles, 132 * programs_per_sm), _MOST_TILES_OF_A_RING)
     return Tactic("ring", row_tile=row_tile, num_stages=num_stages, num_warps=num_warps, num_tiles=num_tiles)
 
 
@@ -134,7 +134,7 @@ def _ring_bytes(shape: MatmulShape, ring: Tactic) -> int:
     """Shared memory of words, scales in float32 and zero points for each plane, of x and of sums, at most."""
     rows, planes = 8 * ring.row_tile, 16 // shape.bits
     stage = rows * (128 + planes * (4 + 2 * shape.has_zero) * (shape.num_groups > 1))
-    x_parts = 8 * planes * -(-shape.depth // (8 * block_size(shape)))
+    x_parts = 8 * planes * cdiv(shape.depth, 8 * block_size(shape))
     return ring.num_stages * stage + x_parts * (128 + 4) + next_power_of_2(ring.num_tiles) * rows * 4
 
 
@@ -146,7 +146,7 @@ def stream(shape: MatmulShape) -> Tactic:
 def _stream(shape: MatmulShape, row_tile: int, share: float) -> Tactic:
     """Pieces of rows that keep most loads in flight (perf_notes.md), times `share`; eight words of a row a lane."""
     plane, columns = plane_size(shape.depth, shape.num_groups), block_size(shape)
-    block_tile = min(int(128 * share) * shape.bits // plane, next_power_of_2(-(-shape.depth // columns)))
+    block_tile = min(int(128 * share) * shape.bits // plane, next_power_of_2(cdiv(shape.depth, columns)))
     return Tactic(
         "stream", row_tile=row_tile, depth_tile=block_tile * columns, num_warps=max(1, block_tile * plane // 256)
     )
@@ -163,12 +163,10 @@ def _tiles(
     most_splits: int = 16,
 ) -> Tactic:
     """Where rows are too few for the programs that are wanted, each is divided into pieces of four blocks or more."""
-    tiles = -(-tokens // token_tile) * -(-shape.rows // row_tile)
-    num_blocks = -(-shape.depth // block_size(shape))
+    tiles = cdiv(tokens, token_tile) * cdiv(shape.rows, row_tile)
+    num_blocks = cdiv(shape.depth, block_size(shape))
     num_splits = max(1, min(wanted_programs // max(tiles, 1), num_blocks // 4, most_splits))
-    # What is left when every split has the same number of blocks, but for the last.
-    num_splits = -(-num_blocks // -(-num_blocks // num_splits))
-    return Tactic("tiles", token_tile, row_tile, 0, num_stages, num_warps, num_splits)
+    return Tactic("tiles", token_tile, row_tile, 0, num_stages, num_warps, whole_splits(num_blocks, num_splits))
 
 
 _MOST_PIECES = 32  # of a program that streams
@@ -196,7 +194,7 @@ def candidates(shape: MatmulShape, tokens: int) -> list[Tactic]:
         streams = [_stream(shape, rows, share) for rows in (2, 4, 8) for share in (0.5, 1, 2)]
         # Pieces of rows are unrolled: more of them compile for seconds, and spill.
         found += [
-            tactic for tactic in streams if tactic.row_tile * -(-shape.depth // tactic.depth_tile) <= _MOST_PIECES
+            tactic for tactic in streams if tactic.row_tile * cdiv(shape.depth, tactic.depth_tile) <= _MOST_PIECES
         ]
     if tokens > 1:
         found.append(tiles(shape, tokens) if tokens <= 64 else without_warpgroups(shape, tokens))
